@@ -1,0 +1,1 @@
+"""The sharded cache of representations: ids and rows, nothing of models."""

@@ -1,0 +1,1 @@
+"""Ranks by counting, protocols, partitions, tables."""

@@ -1,0 +1,1 @@
+"""FELRec as in the paper: encoder, heads, losses, queue."""

@@ -1,0 +1,1 @@
+"""The step, the exchange between ranks, and the run around them."""
