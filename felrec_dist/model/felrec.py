@@ -1,0 +1,204 @@
+"""FELRec-Q and FELRec-P (Weimann & Conrad, arXiv 2210.16928, sections 4.2-4.4).
+
+Shape legend: B batch, S slots, D width, K queue size. Both models encode the user's recent items and the item's recent
+users with one encoder and train the two representations to agree; the gradient never reaches the cache. They differ in
+how they keep the representations from collapsing: Q contrasts with a queue of earlier projections (MoCo), P predicts
+the other side's projection behind a stop-gradient (BYOL, SimSiam).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from felrec_dist.model.batchnorm import WholeBatchNorm
+from felrec_dist.model.encoder import EncoderConfig, HistoryEncoder
+from felrec_dist.model.queue import ProjectionQueue
+from felrec_dist.section import Section
+
+
+class ModelConfig(Section):
+    """What is trained."""
+
+    variant: Literal["felrec-q", "felrec-p"] = "felrec-q"
+    encoder: EncoderConfig = EncoderConfig()
+    queue_size: int = Field(8192, ge=1, description="K; FELRec-Q only")
+    temperature: float = Field(0.07, gt=0.0, description="FELRec-Q only")
+
+
+@dataclass(frozen=True)
+class EncoderInputs:
+    """The histories of a slice of the batch, as read from the cache.
+
+    Attributes:
+        items_of_users_BSD: representations of each event's user's recent items, most recent first.
+        user_lengths_B: number of items in each user history, int64, 0..N.
+        users_of_items_BSD: representations of each event's item's recent users.
+        item_lengths_B: number of users in each item history.
+    """
+
+    items_of_users_BSD: Tensor
+    user_lengths_B: Tensor
+    users_of_items_BSD: Tensor
+    item_lengths_B: Tensor
+
+
+@dataclass(frozen=True)
+class ModelOutput:
+    """The loss and what goes to the other ranks, the cache and the queue (detached).
+
+    Attributes:
+        loss: scalar, sum of the branches, mean over the slice.
+        user_loss, item_loss: the two branches, detached.
+        user_BD, item_BD: representations, as they are written to the cache.
+        user_projection_BD, item_projection_BD: what the queue takes; None for FELRec-P.
+    """
+
+    loss: Tensor
+    user_loss: Tensor
+    item_loss: Tensor
+    user_BD: Tensor
+    item_BD: Tensor
+    user_projection_BD: Tensor | None = None
+    item_projection_BD: Tensor | None = None
+
+
+class FELRec(nn.Module):
+    """Encoder and type embeddings: all that evaluation needs."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width = config.encoder.width
+        self.encoder = HistoryEncoder(config.encoder)
+        # The type of the ids *in* the history: items in a user's history, users in an item's.
+        self.user_type_embedding = nn.Parameter(torch.randn(width))
+        self.item_type_embedding = nn.Parameter(torch.randn(width))
+
+    def represent(self, inputs: EncoderInputs) -> tuple[Tensor, Tensor]:
+        """Returns the representations of the events' users and items, (B, D) each."""
+        user_BD = self.encoder(
+            inputs.items_of_users_BSD, inputs.user_lengths_B, self.item_type_embedding
+        )
+        item_BD = self.encoder(
+            inputs.users_of_items_BSD, inputs.item_lengths_B, self.user_type_embedding
+        )
+        return user_BD, item_BD
+
+    def represent_unseen_item(self) -> Tensor:
+        """Returns (D,): the encoding of an item without history."""
+        width = self.user_type_embedding.shape[0]
+        empty_11D = self.user_type_embedding.new_zeros(1, 1, width)
+        length_1 = torch.zeros(1, dtype=torch.int64, device=empty_11D.device)
+        return cast(Tensor, self.encoder(empty_11D, length_1, self.user_type_embedding)[0])
+
+    def push_queues(self, user_projection_BD: Tensor | None, item_projection_BD: Tensor | None) -> None:
+        """Takes the whole batch's projections after the step; a model without queues has nothing to do."""
+
+    def chance_loss(self) -> float | None:
+        """The loss of one branch when all logits are equal; None where the loss has no such value."""
+        return None
+
+
+class FELRecQ(FELRec):
+    """Contrastive: the positive against K queue entries."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        width = config.encoder.width
+        self.temperature = config.temperature
+        self.user_projection = Head(width, width, width)
+        self.item_projection = Head(width, width, width)
+        self.user_queue = ProjectionQueue(config.queue_size, width)
+        self.item_queue = ProjectionQueue(config.queue_size, width)
+
+    def forward(self, inputs: EncoderInputs) -> ModelOutput:
+        user_BD, item_BD = self.represent(inputs)
+        p_user_BD = F.normalize(self.user_projection(user_BD), dim=1)
+        p_item_BD = F.normalize(self.item_projection(item_BD), dim=1)
+        user_loss = self._contrast(p_user_BD, p_item_BD.detach(), self.item_queue.entries_KD)
+        item_loss = self._contrast(p_item_BD, p_user_BD.detach(), self.user_queue.entries_KD)
+        return ModelOutput(
+            loss=user_loss + item_loss,
+            user_loss=user_loss.detach(),
+            item_loss=item_loss.detach(),
+            user_BD=user_BD.detach(),
+            item_BD=item_BD.detach(),
+            user_projection_BD=p_user_BD.detach(),
+            item_projection_BD=p_item_BD.detach(),
+        )
+
+    def _contrast(self, query_BD: Tensor, positive_BD: Tensor, negatives_KD: Tensor) -> Tensor:
+        """Cross entropy over K + 1 logits, the positive in column 0."""
+        # The queue changes in place after the step; the graph must keep the entries it saw.
+        logits_BK = query_BD @ negatives_KD.clone().T
+        positive_B1 = (query_BD * positive_BD).sum(dim=1, keepdim=True)
+        logits_BK1 = torch.cat([positive_B1, logits_BK], dim=1) / self.temperature
+        target_B = torch.zeros(len(query_BD), dtype=torch.int64, device=query_BD.device)
+        return F.cross_entropy(logits_BK1, target_B)
+
+    def push_queues(self, user_projection_BD: Tensor | None, item_projection_BD: Tensor | None) -> None:
+        assert user_projection_BD is not None
+        assert item_projection_BD is not None
+        self.user_queue.push(user_projection_BD)
+        self.item_queue.push(item_projection_BD)
+
+    def chance_loss(self) -> float:
+        return float(torch.tensor(self.item_queue.entries_KD.shape[0] + 1.0).log())
+
+
+class FELRecP(FELRec):
+    """Similarity: each side predicts the other side's projection."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        width = config.encoder.width
+        self.user_projection = Head(width, 2 * width, width // 2)
+        self.item_projection = Head(width, 2 * width, width // 2)
+        self.user_prediction = Head(width // 2, 2 * width, width // 2)
+        self.item_prediction = Head(width // 2, 2 * width, width // 2)
+
+    def forward(self, inputs: EncoderInputs) -> ModelOutput:
+        user_BD, item_BD = self.represent(inputs)
+        p_user_Bd = self.user_projection(user_BD)
+        p_item_Bd = self.item_projection(item_BD)
+        user_loss = _disagreement(self.user_prediction(p_user_Bd), p_item_Bd.detach())
+        item_loss = _disagreement(self.item_prediction(p_item_Bd), p_user_Bd.detach())
+        return ModelOutput(
+            loss=user_loss + item_loss,
+            user_loss=user_loss.detach(),
+            item_loss=item_loss.detach(),
+            user_BD=user_BD.detach(),
+            item_BD=item_BD.detach(),
+        )
+
+
+class Head(nn.Module):
+    """Linear, BatchNorm over the whole batch, ReLU, Linear."""
+
+    def __init__(self, width_in: int, width_hidden: int, width_out: int) -> None:
+        super().__init__()
+        self.linear1 = nn.Linear(width_in, width_hidden)
+        self.batchnorm = WholeBatchNorm(width_hidden)
+        self.linear2 = nn.Linear(width_hidden, width_out)
+
+    def forward(self, x_BD: Tensor) -> Tensor:
+        return cast(Tensor, self.linear2(F.relu(self.batchnorm(self.linear1(x_BD)))))
+
+
+def _disagreement(prediction_Bd: Tensor, target_Bd: Tensor) -> Tensor:
+    """2 - 2 cos, mean over the batch."""
+    return 2.0 - 2.0 * F.cosine_similarity(prediction_Bd, target_Bd, dim=1).mean()
+
+
+VARIANTS: Mapping[str, type[FELRecQ] | type[FELRecP]] = {"felrec-q": FELRecQ, "felrec-p": FELRecP}
+
+
+def build_model(config: ModelConfig) -> FELRecQ | FELRecP:
+    """Returns a freshly initialised model; seed torch before."""
+    return VARIANTS[config.variant](config)
