@@ -1,0 +1,100 @@
+"""Histories: what each user did and who met each item, strictly before each event.
+
+Histories are exact to the event: they may contain events of the *same batch* that come before it.
+The representations of those ids are read from the cache as it was when the step began, so an id
+first seen in this batch reads as zero. Causality rests on the slice ending before the event itself.
+
+Shapes: B events, N history length, M distinct ids.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from felrec_dist.data.dataset import Int64s, PreparedDataset
+from felrec_dist.data.stream import EventBatch
+from felrec_dist.errors import ConfigError, DatasetError
+
+
+@dataclass(frozen=True)
+class Histories:
+    """The histories of B events on one side.
+
+    Attributes:
+        ids_BN: (B, N) int64 keys; slot 0 is the most recent, slot j the j-th before it. Slots from
+            the length on hold 0 and mean nothing (0 is also a valid key: look at the length).
+        lengths_B: (B,) int64, 0 to N.
+    """
+
+    ids_BN: Int64s
+    lengths_B: Int64s
+
+    def __post_init__(self) -> None:
+        shape = self.ids_BN.shape
+        if (
+            self.ids_BN.dtype != np.int64
+            or self.lengths_B.dtype != np.int64
+            or len(shape) != 2
+            or self.lengths_B.shape != shape[:1]
+        ):
+            raise DatasetError(
+                "The arrays of histories do not fit together.",
+                got=f"ids {self.ids_BN.dtype} {shape}, "
+                f"lengths {self.lengths_B.dtype} {self.lengths_B.shape}",
+                expected="ids int64 (B, N), lengths int64 (B,)",
+            )
+
+    def __len__(self) -> int:
+        return len(self.lengths_B)
+
+
+class HistoryReader:
+    """Cuts histories out of the neighbour files; without state: any batch at any time."""
+
+    def __init__(self, dataset: PreparedDataset, history_length: int) -> None:
+        if history_length < 1:
+            raise ConfigError(
+                "A history needs room for ids.",
+                got=f"history_length {history_length}",
+                expected=">= 1",
+            )
+        self.history_length = history_length
+        # As plain arrays over the maps: np.memmap would make every result a memmap.
+        self._items_of_users = np.asarray(dataset.neighbours("user"))
+        self._users_of_items = np.asarray(dataset.neighbours("item"))
+
+    def read(self, batch: EventBatch) -> tuple[Histories, Histories]:
+        """The items of each event's user and the users of each event's item, before it."""
+        return (
+            self._gather(self._items_of_users, batch.user_offset, batch.user_length),
+            self._gather(self._users_of_items, batch.item_offset, batch.item_length),
+        )
+
+    def _gather(self, neighbours: Int64s, offset_B: Int64s, length_B: Int64s) -> Histories:
+        lengths_B = np.minimum(length_B, self.history_length)
+        slots_N = np.arange(self.history_length, dtype=np.int64)
+        index_BN = (offset_B - 1)[:, None] - slots_N
+        is_valid_BN = slots_N < lengths_B[:, None]
+        # Padding slots would point into another entity's history, or before the file.
+        index_BN *= is_valid_BN
+        ids_BN = neighbours[index_BN]
+        ids_BN *= is_valid_BN
+        return Histories(ids_BN=ids_BN, lengths_B=lengths_B)
+
+
+def distinct(histories: Histories) -> tuple[Int64s, Int64s]:
+    """The ids that occur in the histories, each once.
+
+    Returns:
+        ids_M: (M,) int64, ascending.
+        slots_BN: (B, N) int64 with ``ids_M[slots_BN] == ids_BN`` in valid slots; padding slots hold
+            0.
+    """
+    num_slots = histories.ids_BN.shape[1]
+    is_valid_BN = np.arange(num_slots) < histories.lengths_B[:, None]
+    ids_M, slots = np.unique(histories.ids_BN[is_valid_BN], return_inverse=True)
+    slots_BN = np.zeros(histories.ids_BN.shape, dtype=np.int64)
+    slots_BN[is_valid_BN] = slots
+    return ids_M, slots_BN
