@@ -51,7 +51,9 @@ class _WholeBatchNorm(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, int]:
         mean_D, variance_D, num_rows = _whole_batch_moments(x_bD)
         if num_rows < 2:
-            raise ValueError(f"batch normalisation needs 2 rows or more in the batch, got {num_rows}")
+            raise ValueError(
+                f"batch normalisation needs 2 rows or more in the batch, got {num_rows}"
+            )
         inverse_std_D = torch.rsqrt(variance_D + eps)
         normalised_bD = (x_bD - mean_D) * inverse_std_D
         ctx.save_for_backward(normalised_bD, weight_D, inverse_std_D)

@@ -8,6 +8,7 @@ the other side's projection behind a stop-gradient (BYOL, SimSiam).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, cast
@@ -57,7 +58,7 @@ class ModelOutput:
         loss: scalar, sum of the branches, mean over the slice.
         user_loss, item_loss: the two branches, detached.
         user_BD, item_BD: representations, as they are written to the cache.
-        user_projection_BD, item_projection_BD: what the queue takes; None for FELRec-P.
+        projections_BD: what the queues take, of users and of items; empty for FELRec-P.
     """
 
     loss: Tensor
@@ -65,8 +66,11 @@ class ModelOutput:
     item_loss: Tensor
     user_BD: Tensor
     item_BD: Tensor
-    user_projection_BD: Tensor | None = None
-    item_projection_BD: Tensor | None = None
+    projections_BD: tuple[Tensor, ...] = ()
+
+    def exchanged(self) -> tuple[Tensor, ...]:
+        """Returns what every rank needs of every other: both representations, then the projections."""
+        return (self.user_BD, self.item_BD, *self.projections_BD)
 
 
 class FELRec(nn.Module):
@@ -97,8 +101,9 @@ class FELRec(nn.Module):
         length_1 = torch.zeros(1, dtype=torch.int64, device=empty_11D.device)
         return cast(Tensor, self.encoder(empty_11D, length_1, self.user_type_embedding)[0])
 
-    def push_queues(self, user_projection_BD: Tensor | None, item_projection_BD: Tensor | None) -> None:
-        """Takes the whole batch's projections after the step; a model without queues has nothing to do."""
+    def push_queues(self, *projections_BD: Tensor) -> None:
+        """Takes the projections of the whole batch, in event order, after the loss."""
+        assert not projections_BD, "this model has no queues"
 
     def chance_loss(self) -> float | None:
         """The loss of one branch when all logits are equal; None where the loss has no such value."""
@@ -129,8 +134,7 @@ class FELRecQ(FELRec):
             item_loss=item_loss.detach(),
             user_BD=user_BD.detach(),
             item_BD=item_BD.detach(),
-            user_projection_BD=p_user_BD.detach(),
-            item_projection_BD=p_item_BD.detach(),
+            projections_BD=(p_user_BD.detach(), p_item_BD.detach()),
         )
 
     def _contrast(self, query_BD: Tensor, positive_BD: Tensor, negatives_KD: Tensor) -> Tensor:
@@ -142,14 +146,13 @@ class FELRecQ(FELRec):
         target_B = torch.zeros(len(query_BD), dtype=torch.int64, device=query_BD.device)
         return F.cross_entropy(logits_BK1, target_B)
 
-    def push_queues(self, user_projection_BD: Tensor | None, item_projection_BD: Tensor | None) -> None:
-        assert user_projection_BD is not None
-        assert item_projection_BD is not None
+    def push_queues(self, *projections_BD: Tensor) -> None:
+        user_projection_BD, item_projection_BD = projections_BD
         self.user_queue.push(user_projection_BD)
         self.item_queue.push(item_projection_BD)
 
     def chance_loss(self) -> float:
-        return float(torch.tensor(self.item_queue.entries_KD.shape[0] + 1.0).log())
+        return math.log(self.item_queue.entries_KD.shape[0] + 1)
 
 
 class FELRecP(FELRec):

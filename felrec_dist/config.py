@@ -1,0 +1,182 @@
+"""One experiment: the tree of all sections, read strictly from YAML and the command line.
+
+Each section stands beside what it configures; this file only composes them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import fsspec
+import yaml
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from felrec_dist.errors import ConfigError
+from felrec_dist.evaluation.evaluator import EvaluationConfig
+from felrec_dist.model.felrec import ModelConfig
+from felrec_dist.section import Section
+from felrec_dist.training.config import TrainingConfig
+from felrec_dist.training.representations import CacheConfig
+
+
+class DataConfig(Section):
+    """Which events, in which batches."""
+
+    url: str = Field(description="folder of a prepared data set, any fsspec URL")
+    batch_size: int = Field(1024, ge=1, description="B, events of all ranks together")
+
+
+class RunConfig(Section):
+    """Where the run lives and what it tells."""
+
+    url: str = Field(description="folder of the run, any fsspec URL")
+    log_every_steps: int = Field(50, ge=1)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+class ClusterConfig(Section):
+    """What a run on Ray asks for; ``felrec train --local`` needs none of it."""
+
+    num_workers: int = Field(1, ge=1, description="W, DDP ranks")
+    cpus_per_worker: float = Field(1.0, gt=0.0)
+    gpus_per_worker: float = Field(0.0, ge=0.0)
+    start_timeout_s: float = Field(300.0, gt=0.0, description="limit for shards to come up")
+
+
+class ExperimentConfig(Section):
+    """An experiment, whole."""
+
+    data: DataConfig
+    run: RunConfig
+    model: ModelConfig = ModelConfig()
+    cache: CacheConfig = CacheConfig()
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @model_validator(mode="after")
+    def _slices_are_equal(self) -> ExperimentConfig:
+        if self.data.batch_size % self.cluster.num_workers:
+            raise ValueError(
+                f"data.batch_size = {self.data.batch_size} must be a multiple of "
+                f"cluster.num_workers = {self.cluster.num_workers}"
+            )
+        if self.data.batch_size < 2:
+            raise ValueError("data.batch_size must be 2 or more: BatchNorm has no variance of one")
+        return self
+
+
+def load_config(url: str, overrides: Sequence[str] = ()) -> ExperimentConfig:
+    """Reads a YAML file and lays ``key=value`` overrides over it.
+
+    Args:
+        url: the file, any fsspec URL.
+        overrides: as ``training.schedule.base_lr=0.05``; values are YAML.
+
+    Raises:
+        ConfigError: the file is missing or no YAML, a key is unknown, a value breaks a rule.
+    """
+    try:
+        with fsspec.open(url, "r") as file:
+            tree = yaml.load(file, _Loader)  # noqa: S506 - a SafeLoader with other floats
+    except FileNotFoundError as error:
+        raise ConfigError(
+            "the config file does not exist", where=url, remedy="see configs/ for examples"
+        ) from error
+    except yaml.YAMLError as error:
+        raise ConfigError("the config file is not YAML", where=url, got=error) from error
+    if not isinstance(tree, dict):
+        raise ConfigError(
+            "the config file holds no tree of keys",
+            where=url,
+            got=type(tree).__name__,
+            expected="sections such as data:, run:, model:",
+        )
+    for override in overrides:
+        _override(tree, override)
+    return parse_config(tree, where=url)
+
+
+def parse_config(tree: Mapping[str, Any], *, where: str) -> ExperimentConfig:
+    """Checks a tree of plain values.
+
+    Raises:
+        ConfigError: with the field, the value and the rule of the first thing that is wrong.
+    """
+    try:
+        return ExperimentConfig.model_validate(tree)
+    except ValidationError as error:
+        raise _explain(error, where) from error
+
+
+def dump_config(config: ExperimentConfig) -> str:
+    """Returns the merged config as YAML that ``load_config`` reads back."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise ConfigError(
+            "an override has no value",
+            where="command line",
+            got=override,
+            expected="key=value, as training.seed=1",
+        )
+    try:
+        value = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader with other floats
+    except yaml.YAMLError as error:
+        raise ConfigError("an override is not YAML", where=path, got=text) from error
+    *parents, last = path.split(".")
+    for key in parents:
+        child = tree.setdefault(key, {})
+        if not isinstance(child, dict):
+            raise ConfigError(
+                "an override goes through a value", where=path, got=f"{key} = {child!r}"
+            )
+        tree = child
+    tree[last] = value
+
+
+def _explain(error: ValidationError, where: str) -> ConfigError:
+    details = error.errors()[0]
+    location = details["loc"]
+    path = ".".join(str(part) for part in location)
+    if details["type"] == "extra_forbidden":
+        known = _known_keys(location[:-1])
+        nearest = difflib.get_close_matches(str(location[-1]), known, n=1)
+        return ConfigError(
+            f"unknown config key {path}",
+            where=where,
+            expected=f"one of {', '.join(known)}",
+            remedy=f"did you mean {nearest[0]}?" if nearest else "",
+        )
+    if details["type"] == "missing":
+        return ConfigError(f"config key {path} is missing", where=where, remedy=f"set {path}=...")
+    return ConfigError(
+        f"config value {path or '(whole tree)'} breaks a rule",
+        where=where,
+        got=details["input"] if path else None,
+        expected=details["msg"],
+    )
+
+
+def _known_keys(location: Sequence[int | str]) -> list[str]:
+    section: type[BaseModel] = ExperimentConfig
+    for key in location:
+        section = section.model_fields[str(key)].annotation  # type: ignore[assignment]  # a Section
+    return list(section.model_fields)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 takes 1e-7 for a string; everybody means the number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)

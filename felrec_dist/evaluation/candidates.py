@@ -1,0 +1,143 @@
+"""This rank's part of the catalogue as a matrix of representations, kept current through the write-backs.
+
+Shape legend: B events of a batch, C candidates of this rank, D width, M negatives, W ranks. Row j of rank r is the
+item with catalogue index ``j * W + r``: the catalogue grows at its end, and this keeps the parts equal.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from felrec_dist.evaluation.counts import count_above_and_tied
+from felrec_dist.training.representations import Representations, last_events
+from felrec_dist.training.world import World
+
+Int64s = npt.NDArray[np.int64]
+
+BLOCK_SCORES = 4_194_304
+"""Scores held at a time: bounds the memory of a batch against a catalogue of any size."""
+FETCHED_ROWS = 65_536
+
+
+@dataclass(frozen=True)
+class Ballot:
+    """What a batch is ranked against.
+
+    Attributes:
+        users_BD: unit vectors of the users.
+        targets_B: catalogue index of each event's item.
+        num_seen: catalogue rows 0..num_seen - 1 are candidates.
+        negatives_BM: catalogue indices, -1 for none.
+        absent_D: unit vector (or zero) of an item the cache does not hold.
+    """
+
+    users_BD: Tensor
+    targets_B: Tensor
+    num_seen: int
+    negatives_BM: Tensor
+    absent_D: Tensor
+
+
+class CandidateMatrix:
+    """Unit representations of every W-th item of the catalogue."""
+
+    def __init__(self, world: World, num_items: int, width: int, dtype: torch.dtype) -> None:
+        """Room for this rank's part of ``num_items`` catalogue rows, all absent."""
+        self.world = world
+        rows = self._num_rows(num_items)
+        self.rows_CD = torch.zeros(rows, width, dtype=dtype, device=world.device)
+        self.is_present_C = torch.zeros(rows, dtype=torch.bool, device=world.device)
+
+    def _num_rows(self, num_items: int) -> int:
+        """Rows of this rank among the first ``num_items`` of the catalogue."""
+        return max(0, -(-(num_items - self.world.rank) // self.world.world_size))
+
+    def load(self, representations: Representations, step: int, ids_I: Int64s) -> None:
+        """Reads this rank's part of the first I items from the cache, as it was when ``step`` began."""
+        mine = ids_I[self.world.rank :: self.world.world_size]
+        for start in range(0, len(mine), FETCHED_ROWS):
+            chunk = slice(start, start + len(mine[start : start + FETCHED_ROWS]))
+            rows_MD, is_known_M = representations.fetch_items(step, mine[chunk])
+            self.rows_CD[chunk] = F.normalize(rows_MD, dim=1)
+            self.is_present_C[chunk] = is_known_M
+
+    def update(self, items_B: Int64s, item_BD: Tensor) -> None:
+        """Takes what the batch wrote; of an item's events the last one counts."""
+        last = last_events(items_B)
+        mine = last[items_B[last] % self.world.world_size == self.world.rank]
+        rows = torch.from_numpy(items_B[mine] // self.world.world_size).to(self.world.device)
+        self.rows_CD[rows] = F.normalize(item_BD[torch.from_numpy(mine).to(item_BD.device)], dim=1)
+        self.is_present_C[rows] = True
+
+    def target_scores(self, ballot: Ballot) -> Tensor:
+        """Returns (B,): the targets' cosines where this rank has them, 0 elsewhere; to be summed over the ranks.
+
+        A target that is no candidate is the encoding of an empty history; rank 0 scores it.
+        """
+        is_candidate_B = ballot.targets_B < ballot.num_seen
+        is_mine_B = is_candidate_B & (ballot.targets_B % self.world.world_size == self.world.rank)
+        scores_B = self._scores_of(ballot, torch.where(is_mine_B, ballot.targets_B, -1)[:, None])
+        absent_B = ballot.users_BD @ ballot.absent_D
+        others_B = torch.zeros_like(absent_B)
+        if self.world.is_first:
+            others_B = torch.where(is_candidate_B, others_B, absent_B)
+        return torch.where(is_mine_B, scores_B[:, 0], others_B)
+
+    def count(self, ballot: Ballot, target_scores_B: Tensor) -> Tensor:
+        """Returns (4, B) int64: above, tied, negatives above, negatives tied among this rank's candidates."""
+        num_events = len(target_scores_B)
+        counts_4B = torch.zeros(4, num_events, dtype=torch.int64, device=self.world.device)
+        num_rows = self._num_rows(ballot.num_seen)
+        absent_B1 = (ballot.users_BD @ ballot.absent_D)[:, None]
+        # The target is no candidate against itself.
+        target_row_B = torch.where(
+            ballot.targets_B % self.world.world_size == self.world.rank,
+            ballot.targets_B // self.world.world_size,
+            -1,
+        )
+        block = max(1, BLOCK_SCORES // max(1, num_events))
+        for start in range(0, num_rows, block):
+            stop = min(num_rows, start + block)
+            scores_BC = torch.where(
+                self.is_present_C[start:stop],
+                ballot.users_BD @ self.rows_CD[start:stop].T,
+                absent_B1,
+            )
+            row_C = torch.arange(start, stop, device=self.world.device)
+            above_B, tied_B = count_above_and_tied(
+                scores_BC, target_scores_B, row_C != target_row_B[:, None]
+            )
+            counts_4B[0] += above_B
+            counts_4B[1] += tied_B
+
+        negatives_BM = ballot.negatives_BM
+        is_mine_BM = (negatives_BM >= 0) & (negatives_BM % self.world.world_size == self.world.rank)
+        scores_BM = self._scores_of(ballot, torch.where(is_mine_BM, negatives_BM, -1))
+        counts_4B[2], counts_4B[3] = count_above_and_tied(scores_BM, target_scores_B, is_mine_BM)
+        return counts_4B
+
+    def _scores_of(self, ballot: Ballot, items_BM: Tensor) -> Tensor:
+        """Returns (B, M) cosines of each user with its own M items of this rank; meaningless where the index is -1."""
+        num_events, num_scored = items_BM.shape
+        scores_BM = torch.zeros(
+            num_events, num_scored, dtype=self.rows_CD.dtype, device=self.world.device
+        )
+        if not len(self.rows_CD):
+            return scores_BM
+        absent_B = ballot.users_BD @ ballot.absent_D
+        block = max(1, BLOCK_SCORES // (max(1, num_scored) * self.rows_CD.shape[1]))
+        for start in range(0, num_events, block):
+            rows_BM = items_BM[start : start + block].clamp(min=0) // self.world.world_size
+            users_BD = ballot.users_BD[start : start + block]
+            scores_BM[start : start + block] = torch.where(
+                self.is_present_C[rows_BM],
+                torch.einsum("bd,bmd->bm", users_BD, self.rows_CD[rows_BM]),
+                absent_B[start : start + block, None],
+            )
+        return scores_BM

@@ -1,0 +1,228 @@
+"""Evaluation of a span of events, as they come (spec, "Evaluation").
+
+``causal`` (default): score first, then write. The user vector is the event's own forward output; candidates are the
+items seen before the batch, with representations as they were when it began; a target not seen before the batch is the
+encoding of an empty history. Events of the same batch see each other only through history *ids*.
+
+``released``: as the paper's code. Write the whole batch first, then read the user and all items seen up to the end of
+the batch from the cache: later events of a batch leak into the scores of earlier ones.
+
+Shape legend: B events of a batch, b of this rank's slice, D width, M negatives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional as F
+
+from felrec_dist.data.dataset import PreparedDataset, Span
+from felrec_dist.data.histories import HistoryReader
+from felrec_dist.data.stream import EventBatch, EventStream, slice_bounds
+from felrec_dist.evaluation.candidates import Ballot, CandidateMatrix
+from felrec_dist.evaluation.counts import RankCounts
+from felrec_dist.evaluation.negatives import (
+    batch_generator,
+    draw_with_replacement,
+    draw_without_replacement,
+)
+from felrec_dist.evaluation.result import PartResult
+from felrec_dist.model.felrec import FELRec
+from felrec_dist.section import Section
+from felrec_dist.training.clock import PhaseClock
+from felrec_dist.training.exchange import Exchange
+from felrec_dist.training.representations import Representations
+
+Protocol = Literal["causal", "released"]
+
+
+class EvaluationConfig(Section):
+    """How models are scored."""
+
+    protocol: Protocol = "causal"
+    num_negatives: int = Field(100, ge=1, description="sampled negatives of HR@k")
+    k: int = Field(10, ge=1, description="k of HR@k")
+    seed: int = Field(0, ge=0, description="of the negatives")
+
+
+class Evaluator:
+    """Streams a span through the model in evaluation mode; writes to the cache as it goes."""
+
+    def __init__(
+        self,
+        *,
+        config: EvaluationConfig,
+        dataset: PreparedDataset,
+        batch_size: int,
+        model: FELRec,
+        histories: HistoryReader,
+        representations: Representations,
+        exchange: Exchange,
+        clock: PhaseClock,
+    ) -> None:
+        self.config = config
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.model = model
+        self.histories = histories
+        self.representations = representations
+        self.exchange = exchange
+        self.clock = clock
+        self.world = exchange.world
+
+    def evaluate(
+        self,
+        span: Span,
+        step: int,
+        protocols: Sequence[Protocol] | None = None,
+        on_batch: Callable[[int], None] = lambda num_events: None,
+    ) -> tuple[dict[Protocol, PartResult], int]:
+        """Returns the result of each protocol, equal on all ranks, and the step after the last one.
+
+        Args:
+            span: the events, in time order; the cache must stand where they begin.
+            step: number of the first batch's step in the life of the cache.
+            protocols: those to score in this one pass, the config's by default; the writes are the same for all.
+            on_batch: called with the number of events after each batch.
+        """
+        chosen = tuple(protocols) if protocols is not None else (self.config.protocol,)
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with torch.inference_mode():
+                return self._evaluate(span, step, chosen, on_batch)
+        finally:
+            self.model.train(was_training)
+
+    def _evaluate(
+        self,
+        span: Span,
+        step: int,
+        protocols: tuple[Protocol, ...],
+        on_batch: Callable[[int], None],
+    ) -> tuple[dict[Protocol, PartResult], int]:
+        items = self.dataset.items
+        num_seen_at_end = int(np.searchsorted(items.first_positions, span.stop))
+        num_seen = int(np.searchsorted(items.first_positions, span.start))
+        unseen_D = F.normalize(self.model.represent_unseen_item(), dim=0)
+        candidates = CandidateMatrix(
+            self.world, num_seen_at_end, unseen_D.shape[0], self.representations.dtype
+        )
+        candidates.load(self.representations, step, items.ids[:num_seen])
+        counts: dict[Protocol, list[RankCounts]] = {protocol: [] for protocol in protocols}
+        batches: list[EventBatch] = []
+
+        for batch in self._batches(span):
+            user_BD, item_BD = self._represent(batch, step)
+            if "causal" in counts:
+                ballot = self._ballot(
+                    batch,
+                    user_BD,
+                    num_seen,
+                    draw_without_replacement(
+                        batch_generator(self.config.seed, batch.first_position),
+                        num_seen,
+                        batch.item_index,
+                        self.config.num_negatives,
+                    ),
+                    unseen_D,
+                )
+                counts["causal"].append(self._count(ballot, candidates))
+
+            with self.clock("write_back"):
+                user_BD, item_BD = self.representations.write_back(step, batch, user_BD, item_BD)
+                candidates.update(batch.item_index, item_BD)
+            num_seen = max(num_seen, int(batch.item_index.max()) + 1)
+
+            if "released" in counts:
+                ballot = self._ballot(
+                    batch,
+                    user_BD[_last_of_same(batch.user)],
+                    num_seen,
+                    draw_with_replacement(
+                        batch_generator(self.config.seed, batch.first_position),
+                        num_seen,
+                        len(batch),
+                        self.config.num_negatives,
+                    ),
+                    torch.zeros_like(unseen_D),
+                )
+                counts["released"].append(self._count(ballot, candidates))
+            batches.append(batch)
+            step += 1
+            on_batch(len(batch))
+
+        results = {
+            protocol: PartResult.of(
+                self.dataset,
+                event_id=np.concatenate([batch.event_id for batch in batches]),
+                user_index=np.concatenate([batch.user_index for batch in batches]),
+                item_index=np.concatenate([batch.item_index for batch in batches]),
+                counts=RankCounts.concatenate(parts),
+                k=self.config.k,
+            )
+            for protocol, parts in counts.items()
+        }
+        return results, step
+
+    def _batches(self, span: Span) -> Iterator[EventBatch]:
+        for batch, _ in EventStream(self.dataset, span, self.batch_size).batches():
+            yield batch
+
+    def _represent(self, batch: EventBatch, step: int) -> tuple[Tensor, Tensor]:
+        """Returns the whole batch's representations (B, D) in evaluation mode; nothing is written."""
+        mine = batch.slice(*slice_bounds(len(batch), self.world.rank, self.world.world_size))
+        with self.clock("histories"):
+            items_of_users, users_of_items = self.histories.read(mine)
+        with self.clock("fetch"):
+            inputs = self.representations.fetch(step, items_of_users, users_of_items)
+        with self.clock("encode"):
+            representations = self.model.represent(inputs)
+        with self.clock("exchange"):
+            user_BD, item_BD = self.exchange.gather_batch(representations, len(batch))
+        return user_BD, item_BD
+
+    def _ballot(
+        self,
+        batch: EventBatch,
+        user_BD: Tensor,
+        num_seen: int,
+        negatives_BM: np.typing.NDArray[np.int64],
+        absent_D: Tensor,
+    ) -> Ballot:
+        device = self.world.device
+        return Ballot(
+            users_BD=F.normalize(user_BD, dim=1),
+            targets_B=torch.from_numpy(batch.item_index).to(device),
+            num_seen=num_seen,
+            negatives_BM=torch.from_numpy(negatives_BM).to(device),
+            absent_D=absent_D,
+        )
+
+    def _count(self, ballot: Ballot, candidates: CandidateMatrix) -> RankCounts:
+        """Each rank counts among its candidates; the sums are those of the whole catalogue."""
+        with self.clock("score"):
+            target_scores_B = self.exchange.sum(candidates.target_scores(ballot))
+            counts_4B = self.exchange.sum(candidates.count(ballot, target_scores_B))
+            above, tied, negatives_above, negatives_tied = counts_4B.cpu().numpy()
+            is_extra_B = (ballot.targets_B >= ballot.num_seen).cpu().numpy()
+        return RankCounts(
+            above=above,
+            tied=tied,
+            num_candidates=ballot.num_seen + is_extra_B.astype(np.int64),
+            negatives_above=negatives_above,
+            negatives_tied=negatives_tied,
+        )
+
+
+def _last_of_same(ids_B: np.typing.NDArray[np.int64]) -> Tensor:
+    """Returns (B,): for each event, the last event of the batch with the same id."""
+    _, inverse_B = np.unique(ids_B, return_inverse=True)
+    last_M = np.zeros(inverse_B.max(initial=-1) + 1, dtype=np.int64)
+    last_M[inverse_B] = np.arange(len(ids_B))  # later assignments win
+    return torch.from_numpy(last_M[inverse_B])

@@ -1,0 +1,33 @@
+"""Where the time of a step goes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+PHASES = ("data", "histories", "fetch", "encode", "backward", "exchange", "write_back", "score")
+
+
+class PhaseClock:
+    """Seconds of wall time for each phase since the last ``take``.
+
+    On a GPU a phase counts the time the host spends in it: kernels are launched in one phase and may be waited for in
+    a later one.
+    """
+
+    def __init__(self) -> None:
+        self._seconds = dict.fromkeys(PHASES, 0.0)
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[phase] += time.perf_counter() - start
+
+    def take(self) -> dict[str, float]:
+        """Returns the seconds of each phase and starts anew."""
+        taken, self._seconds = self._seconds, dict.fromkeys(PHASES, 0.0)
+        return taken

@@ -1,0 +1,88 @@
+"""What a run tells TensorBoard; names carry units."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+from felrec_dist.evaluation.result import Metrics
+
+
+class RunLog:
+    """Scalars of one run; ranks other than the first write nothing."""
+
+    def __init__(self, run_url: str, *, is_writer: bool) -> None:
+        self.folder = f"{run_url.rstrip('/')}/tensorboard"
+        self._writer = SummaryWriter(self.folder) if is_writer else None
+
+    def steps(
+        self,
+        global_step: int,
+        *,
+        user_loss: float,
+        item_loss: float,
+        chance_loss: float | None,
+        learning_rate: float,
+        gradient_norm: float,
+        events_per_s: float,
+        phase_seconds: Mapping[str, float],
+        distinct_share: float,
+    ) -> None:
+        """Logs means over the steps since the last call."""
+        scalars = {
+            "loss/total": user_loss + item_loss,
+            "loss/user": user_loss,
+            "loss/item": item_loss,
+            "optimizer/learning_rate": learning_rate,
+            "optimizer/gradient_norm": gradient_norm,
+            "speed/train(events per s)": events_per_s,
+            "cache/distinct_ids(share of ids read)": distinct_share,
+        }
+        if chance_loss is not None:
+            scalars["loss/user_below_chance(nats)"] = chance_loss - user_loss
+            scalars["loss/item_below_chance(nats)"] = chance_loss - item_loss
+        total = sum(phase_seconds.values())
+        for phase, seconds in phase_seconds.items():
+            if phase != "score":  # a phase of evaluation
+                scalars[f"time_share/{phase}(%)"] = 100.0 * seconds / max(total, 1e-9)
+        self._write(scalars, global_step)
+
+    def cache(self, global_step: int, shards: list[Mapping[str, Any]]) -> None:
+        """Logs rows and bytes of each table and shard."""
+        self._write(
+            {
+                f"cache/{table}/{name}({unit})/shard_{number}": stats[name]
+                for number, tables in enumerate(shards)
+                for table, stats in tables.items()
+                for name, unit in (("num_rows", "rows"), ("num_bytes", "bytes"))
+            },
+            global_step,
+        )
+
+    def evaluation(
+        self, part: str, global_step: int, metrics: Mapping[str, Metrics], *, k: int
+    ) -> None:
+        """Logs normalized rank (0 best, 1 worst) and HR@k in percent of each partition that has events."""
+        self._write(
+            {
+                f"{part}/{name}/{partition}": value
+                for partition, m in metrics.items()
+                if m.num_events
+                for name, value in (
+                    ("rank(0..1)", m.normalized_rank),
+                    (f"HR@{k}(%)", 100.0 * m.hit_rate),
+                )
+            },
+            global_step,
+        )
+
+    def _write(self, scalars: Mapping[str, float], global_step: int) -> None:
+        if self._writer is not None:
+            for tag, value in scalars.items():
+                self._writer.add_scalar(tag, value, global_step)
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()

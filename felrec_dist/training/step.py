@@ -1,0 +1,67 @@
+"""One training step, the whole of it (spec, "Step")."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from felrec_dist.data.histories import HistoryReader
+from felrec_dist.data.stream import EventBatch, slice_bounds
+from felrec_dist.model.felrec import EncoderInputs, FELRec, ModelOutput
+from felrec_dist.training.clock import PhaseClock
+from felrec_dist.training.exchange import Exchange
+from felrec_dist.training.representations import Representations
+
+
+class TrainingStep:
+    """Takes a global batch on every rank; leaves model, cache and queue equal on all of them."""
+
+    def __init__(
+        self,
+        *,
+        model: FELRec,
+        forward: Callable[[EncoderInputs], ModelOutput],
+        optimizer: torch.optim.Optimizer,
+        grad_clip_value: float,
+        histories: HistoryReader,
+        representations: Representations,
+        exchange: Exchange,
+        clock: PhaseClock,
+    ) -> None:
+        """``forward`` is the model, or the DDP wrapper around it that averages the gradients."""
+        self.model = model
+        self.forward = forward
+        self.optimizer = optimizer
+        self.grad_clip_value = grad_clip_value
+        self.histories = histories
+        self.representations = representations
+        self.exchange = exchange
+        self.clock = clock
+        self.world = exchange.world
+
+    def __call__(self, batch: EventBatch, step: int, learning_rate: float) -> ModelOutput:
+        """Trains on the batch and returns this rank's part of the output; its losses are means over the slice."""
+        mine = batch.slice(*slice_bounds(len(batch), self.world.rank, self.world.world_size))
+        with self.clock("histories"):
+            items_of_users, users_of_items = self.histories.read(mine)
+        with self.clock("fetch"):
+            inputs = self.representations.fetch(step, items_of_users, users_of_items)
+        with self.clock("encode"):
+            output = self.forward(inputs)
+        with self.clock("backward"):
+            self.optimizer.zero_grad()
+            output.loss.backward()
+            nn.utils.clip_grad_value_(self.model.parameters(), self.grad_clip_value)
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate
+            self.optimizer.step()
+        with self.clock("exchange"):
+            user_BD, item_BD, *projections = self.exchange.gather_batch(
+                output.exchanged(), len(batch)
+            )
+        with self.clock("write_back"):
+            self.representations.write_back(step, batch, user_BD, item_BD)
+            self.model.push_queues(*projections)
+        return output
