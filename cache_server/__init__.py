@@ -1,1 +1,59 @@
-"""The sharded cache of representations: ids and rows, nothing of models."""
+"""The sharded cache of representations: ids and rows, nothing of models.
+
+::
+
+    client.py         fetch, write_back, clear, snapshot, restore: the cache as a worker sees it
+    transport.py      what a client needs of a way to the shards
+      in_process.py   shards in the same process
+      ray_transport.py  shards as Ray actors; imports Ray, so import it by its own name
+    service.py        a shard's shell: locks and waits
+    shard.py          a shard: tables, last writer wins, the fence; pure
+    snapshot.py       a shard's tables in files, and back into any number of shards
+    index.py          key -> row, compiled
+    hashing.py        key -> bucket -> shard
+    storage.py        the types that rows are stored in
+    messages.py       what travels
+    addresses.py      arrays from addresses, inside compiled code
+    errors.py         the cache's errors
+"""
+
+from __future__ import annotations
+
+from cache_server.client import CacheClient, CacheCounters
+from cache_server.errors import (
+    CacheError,
+    CacheTimeoutError,
+    FelrecError,
+    ShardLostError,
+    SnapshotError,
+)
+from cache_server.hashing import NUM_BUCKETS, bucket_of, bucket_range, shard_of
+from cache_server.in_process import InProcessTransport
+from cache_server.messages import Fence, FetchedRows, ShardStats, TableSpec, TableStats
+from cache_server.snapshot import SnapshotPart
+from cache_server.storage import STORAGE_TYPES, StorageType
+from cache_server.transport import Transport
+
+__all__ = [
+    "NUM_BUCKETS",
+    "STORAGE_TYPES",
+    "CacheClient",
+    "CacheCounters",
+    "CacheError",
+    "CacheTimeoutError",
+    "FelrecError",
+    "Fence",
+    "FetchedRows",
+    "InProcessTransport",
+    "ShardLostError",
+    "ShardStats",
+    "SnapshotError",
+    "SnapshotPart",
+    "StorageType",
+    "TableSpec",
+    "TableStats",
+    "Transport",
+    "bucket_of",
+    "bucket_range",
+    "shard_of",
+]

@@ -1,0 +1,215 @@
+"""The id index: int64 key -> int32 row number, compiled, without a Python object per key.
+
+Open addressing with linear probing, in 256 sub-tables. Each doubles on its own, and their capacities are staggered over a factor
+of two, so the doublings are spread evenly over the growth and each moves 1/256 of the keys: there is no pause.
+
+A slot is three int32 words: the key's low half, its high half, and row + 1. Zero in the third word means empty, so every int64
+is a valid key and fresh memory is an empty table. A slot lies in one cache line more often than not, and costs 12 bytes; filled
+to between 3/8 and 3/4, that is 23 bytes a key on average.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from numba import carray, njit
+
+from cache_server.addresses import int32_pointer
+from cache_server.errors import CacheError
+from cache_server.hashing import Int32s, Int64s, mix, read_only
+
+MAX_ROWS = 2**31 - 2
+"""A slot holds row + 1 in an int32."""
+
+# Which bits of the hash mean what: 0-7 the sub-table, 8-39 the first slot to look at, 52-63 the bucket (hashing.py).
+_NUM_SUB_TABLES = 256
+_SUB_TABLE_MASK = np.uint64(_NUM_SUB_TABLES - 1)
+_SLOT_SHIFT = np.uint64(8)
+_SLOT_MASK = np.uint64(0xFFFFFFFF)
+_FAST_RANGE_SHIFT = np.uint64(32)
+_SLOT_WORDS = 3
+_SMALLEST_CAPACITY = 16
+
+
+@njit(nogil=True, cache=True, inline="always")
+def _first_slot(hash_, capacity):  # type: ignore[no-untyped-def]
+    # Fast range: scales 32 bits to [0, capacity) without a division and for any capacity.
+    bits = (hash_ >> _SLOT_SHIFT) & _SLOT_MASK
+    return np.int64((bits * np.uint64(capacity)) >> _FAST_RANGE_SHIFT)
+
+
+@njit(nogil=True, cache=True)
+def _lookup(keys, addresses, capacities):  # type: ignore[no-untyped-def]
+    rows = np.empty(keys.size, np.int32)
+    for i in range(keys.size):
+        hash_ = mix(keys[i])
+        low = np.int32(keys[i])
+        high = np.int32(keys[i] >> 32)
+        sub = np.int64(hash_ & _SUB_TABLE_MASK)
+        capacity = capacities[sub]
+        slots = carray(int32_pointer(addresses[sub]), (capacity, _SLOT_WORDS))
+        slot = _first_slot(hash_, capacity)
+        while slots[slot, 2] != 0 and not (slots[slot, 0] == low and slots[slot, 1] == high):
+            slot += 1
+            if slot == capacity:
+                slot = 0
+        rows[i] = slots[slot, 2] - 1
+    return rows
+
+
+@njit(nogil=True, cache=True)
+def _insert(keys, start, rows, addresses, capacities, sizes, num_rows):  # type: ignore[no-untyped-def]
+    """Inserts ``keys[start:]`` until one meets a full sub-table; returns where it stopped, and the rows so far."""
+    for i in range(start, keys.size):
+        hash_ = mix(keys[i])
+        low = np.int32(keys[i])
+        high = np.int32(keys[i] >> 32)
+        sub = np.int64(hash_ & _SUB_TABLE_MASK)
+        capacity = capacities[sub]
+        slots = carray(int32_pointer(addresses[sub]), (capacity, _SLOT_WORDS))
+        slot = _first_slot(hash_, capacity)
+        while slots[slot, 2] != 0 and not (slots[slot, 0] == low and slots[slot, 1] == high):
+            slot += 1
+            if slot == capacity:
+                slot = 0
+        if slots[slot, 2] == 0:
+            if 4 * (sizes[sub] + 1) > 3 * capacity:
+                return i, sub, num_rows
+            slots[slot, 0] = low
+            slots[slot, 1] = high
+            num_rows += 1
+            slots[slot, 2] = np.int32(num_rows)
+            sizes[sub] += 1
+        rows[i] = slots[slot, 2] - 1
+    return keys.size, -1, num_rows
+
+
+@njit(nogil=True, cache=True, inline="always")
+def _key_of(slots, slot):  # type: ignore[no-untyped-def]
+    return (np.int64(slots[slot, 1]) << 32) | (np.int64(slots[slot, 0]) & np.int64(0xFFFFFFFF))
+
+
+@njit(nogil=True, cache=True)
+def _rehash(old, new):  # type: ignore[no-untyped-def]
+    capacity = new.shape[0]
+    for i in range(old.shape[0]):
+        if old[i, 2] == 0:
+            continue
+        slot = _first_slot(mix(_key_of(old, i)), capacity)
+        while new[slot, 2] != 0:
+            slot += 1
+            if slot == capacity:
+                slot = 0
+        new[slot, 0] = old[i, 0]
+        new[slot, 1] = old[i, 1]
+        new[slot, 2] = old[i, 2]
+
+
+@njit(nogil=True, cache=True)
+def _items(addresses, capacities, sub, slot, keys, rows):  # type: ignore[no-untyped-def]
+    """Copies occupied slots from (sub, slot) on until ``keys`` is full; returns where to go on."""
+    count = 0
+    while sub < addresses.size:
+        slots = carray(int32_pointer(addresses[sub]), (capacities[sub], _SLOT_WORDS))
+        while slot < capacities[sub]:
+            if slots[slot, 2] != 0:
+                if count == keys.size:
+                    return sub, slot, count
+                keys[count] = _key_of(slots, slot)
+                rows[count] = slots[slot, 2] - 1
+                count += 1
+            slot += 1
+        sub += 1
+        slot = 0
+    return sub, slot, count
+
+
+class IdIndex:
+    """Gives each key the next free row number when it is first inserted; never forgets one.
+
+    Args:
+        max_rows: the largest number of keys, at most ``MAX_ROWS``.
+    """
+
+    def __init__(self, max_rows: int = MAX_ROWS) -> None:
+        self.max_rows = max_rows
+        self._num_rows = 0
+        # 16, 16.04, 16.09, ... 31.9: any number of keys finds the sub-tables evenly spread between two doublings.
+        steps = np.arange(_NUM_SUB_TABLES) / _NUM_SUB_TABLES
+        self._capacities = (_SMALLEST_CAPACITY * 2.0**steps).astype(np.int64)
+        # Truncation would make groups of equal capacity; they part again because doubling multiplies a finer start.
+        self._fine_capacities = _SMALLEST_CAPACITY * 2.0**steps
+        self._sizes = np.zeros(_NUM_SUB_TABLES, np.int64)
+        self._sub_tables = [_empty_slots(int(capacity)) for capacity in self._capacities]
+        self._addresses = np.array([slots.ctypes.data for slots in self._sub_tables], np.int64)
+
+    def __len__(self) -> int:
+        return self._num_rows
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated."""
+        return int(self._capacities.sum()) * _SLOT_WORDS * 4
+
+    def lookup(self, keys: Int64s) -> Int32s:
+        """The row of each key, (M,); -1 for a key that was never inserted."""
+        return _lookup(read_only(keys), self._addresses, self._capacities)
+
+    def insert(self, keys: Int64s) -> Int32s:
+        """The row of each key, (M,); new keys get the next row numbers in the order of their first appearance.
+
+        Raises:
+            CacheError: more than ``max_rows`` keys; nothing was inserted.
+        """
+        if self._num_rows + keys.size > self.max_rows:
+            self._check_room(keys)
+        keys = read_only(keys)
+        rows = np.empty(keys.size, np.int32)
+        start = 0
+        while True:
+            start, full, self._num_rows = _insert(
+                keys,
+                start,
+                rows,
+                self._addresses,
+                self._capacities,
+                self._sizes,
+                self._num_rows,
+            )
+            if start == keys.size:
+                return rows
+            self._double(full)
+
+    def items(self, chunk_rows: int = 65_536) -> Iterator[tuple[Int64s, Int32s]]:
+        """All (keys, rows) in chunks of at most ``chunk_rows``, in no order; the index must not change meanwhile."""
+        sub, slot = 0, 0
+        while sub < _NUM_SUB_TABLES:
+            keys = np.empty(chunk_rows, np.int64)
+            rows = np.empty(chunk_rows, np.int32)
+            sub, slot, count = _items(self._addresses, self._capacities, sub, slot, keys, rows)
+            if count:
+                yield keys[:count], rows[:count]
+
+    def _double(self, sub: int) -> None:
+        self._fine_capacities[sub] *= 2
+        capacity = int(self._fine_capacities[sub])
+        slots = _empty_slots(capacity)
+        _rehash(self._sub_tables[sub], slots)
+        self._sub_tables[sub] = slots
+        self._addresses[sub] = slots.ctypes.data
+        self._capacities[sub] = capacity
+
+    def _check_room(self, keys: Int64s) -> None:
+        num_new = np.unique(keys[self.lookup(keys) < 0]).size
+        if self._num_rows + num_new > self.max_rows:
+            raise CacheError(
+                "A shard's id index is full: row numbers are 32-bit.",
+                got=f"{self._num_rows} ids and {num_new} new ones",
+                expected=f"at most {self.max_rows} ids a table and shard",
+                remedy="Run with more shards.",
+            )
+
+
+def _empty_slots(capacity: int) -> Int32s:
+    return np.zeros((capacity, _SLOT_WORDS), np.int32)

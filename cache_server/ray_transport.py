@@ -1,0 +1,285 @@
+"""Shards as Ray actors. The only module of the package that imports Ray.
+
+The driver creates the actors and hands the handles to the workers; each worker makes its own ``RayTransport`` of them. An
+actor is never restarted by Ray: it would come back empty and answer as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from cache_server.errors import CacheTimeoutError, ShardLostError
+from cache_server.messages import (
+    Fence,
+    FetchedRows,
+    FetchRequest,
+    ShardStats,
+    TableSpec,
+    WriteBatch,
+)
+from cache_server.service import ShardService
+from cache_server.shard import DEFAULT_BLOCK_ROWS, CacheShard
+from cache_server.snapshot import SnapshotPart
+from cache_server.transport import Pending, Reply
+
+# A fetch that waits for the fence holds its thread. Writes have threads of their own, or the fetches would wait for ever; the
+# fence is asked for when something hangs, so it must not queue behind anything.
+_WRITE_THREADS = 2
+_CONTROL_THREADS = 2
+_FENCE_THREADS = 1
+
+
+@dataclass(frozen=True)
+class ShardHandles:
+    """The shards of one cache, for any worker of the Ray cluster; picklable.
+
+    Args:
+        actors: the actor handle of each shard, in order.
+        tables: what they hold.
+        placement_group: where they were placed, if in a group of their own.
+    """
+
+    actors: tuple[Any, ...]
+    tables: Mapping[str, TableSpec]
+    placement_group: Any = None
+
+
+class ShardActor:
+    """``ShardService`` in a process of its own; only assigns threads to methods."""
+
+    def __init__(
+        self, tables: Mapping[str, TableSpec], shard: int, num_shards: int, block_rows: int
+    ) -> None:
+        self._name = f"cache shard {shard} of {num_shards}"
+        self._service = ShardService(
+            CacheShard(tables, shard=shard, num_shards=num_shards, block_rows=block_rows),
+            can_wait=True,
+        )
+
+    def __repr__(self) -> str:
+        return self._name
+
+    @ray.method(concurrency_group="fence")
+    def fence(self) -> Fence:
+        return self._service.fence()
+
+    @ray.method(concurrency_group="fetch")
+    def fetch(self, request: FetchRequest, wait_s: float) -> dict[str, FetchedRows]:
+        return self._service.fetch(request, wait_s)
+
+    @ray.method(concurrency_group="write")
+    def write(self, batch: WriteBatch, wait_s: float) -> None:
+        self._service.write(batch, wait_s)
+
+    @ray.method(concurrency_group="control")
+    def clear(self, generation: int, step: int, wait_s: float) -> None:
+        self._service.clear(generation, step, wait_s)
+
+    @ray.method(concurrency_group="control")
+    def digest(self, wait_s: float) -> dict[str, int]:
+        return self._service.digest(wait_s)
+
+    @ray.method(concurrency_group="control")
+    def stats(self, wait_s: float) -> ShardStats:
+        return self._service.stats(wait_s)
+
+    @ray.method(concurrency_group="control")
+    def snapshot(
+        self, prefix: str, generation: int, step: int | None, wait_s: float
+    ) -> list[SnapshotPart]:
+        return self._service.snapshot(prefix, generation, step, wait_s)
+
+    @ray.method(concurrency_group="control")
+    def restore(
+        self,
+        prefix: str,
+        parts: Sequence[SnapshotPart],
+        generation: int,
+        step: int,
+        wait_s: float,
+    ) -> None:
+        self._service.restore(prefix, parts, generation, step, wait_s)
+
+
+def create_shard_actors(
+    tables: Mapping[str, TableSpec],
+    num_shards: int,
+    *,
+    num_cpus: float = 0,
+    memory_bytes: int = 0,
+    fetch_threads: int = 64,
+    block_rows: int = DEFAULT_BLOCK_ROWS,
+    placement_strategy: str | None = None,
+    name: str | None = None,
+    namespace: str | None = None,
+    timeout_s: float = 60.0,
+) -> ShardHandles:
+    """Starts the shards and waits until each of them answers.
+
+    Args:
+        tables: what each table holds, by name.
+        num_shards: one or two a node are best: every shard adds a call to every fetch.
+        num_cpus: what each shard reserves.
+        memory_bytes: what each shard reserves, so that Ray spreads shards by memory; 0 reserves nothing.
+        fetch_threads: at least the number of clients times the fetches each has in flight; waiting fetches hold a thread.
+        block_rows: rows in a block of a table, a power of two.
+        placement_strategy: "SPREAD", "STRICT_SPREAD", "PACK" or "STRICT_PACK" puts the shards in a placement group of their
+            own, which needs ``num_cpus`` or ``memory_bytes``; None lets Ray place each.
+        name: names the actors ``<name>-0``, ``<name>-1``, ... ; None leaves them without.
+        namespace: the Ray namespace of the names.
+        timeout_s: the limit for all of them to start.
+
+    Raises:
+        CacheTimeoutError: not all shards started in time; those that did are ended again.
+        ShardLostError: a shard's process died while starting.
+    """
+    bundle = {"CPU": float(num_cpus), "memory": float(memory_bytes)}
+    bundle = {resource: amount for resource, amount in bundle.items() if amount}
+    deadline = time.monotonic() + timeout_s
+    group = None
+    if placement_strategy is not None:
+        group = placement_group([bundle] * num_shards, strategy=placement_strategy)
+    remote_class = ray.remote(ShardActor)
+    actors = []
+    for shard in range(num_shards):
+        options: dict[str, Any] = {
+            "num_cpus": num_cpus,
+            "memory": memory_bytes or None,
+            "max_restarts": 0,
+            "max_task_retries": 0,
+            "concurrency_groups": {
+                "fetch": fetch_threads,
+                "write": _WRITE_THREADS,
+                "control": _CONTROL_THREADS,
+                "fence": _FENCE_THREADS,
+            },
+        }
+        if name is not None:
+            options |= {"name": f"{name}-{shard}", "namespace": namespace}
+        if group is not None:
+            options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(group, shard)
+        actors.append(
+            remote_class.options(**options).remote(dict(tables), shard, num_shards, block_rows)
+        )
+    handles = ShardHandles(tuple(actors), dict(tables), group)
+    try:
+        _wait_until_started(handles, bundle, deadline, timeout_s)
+    except Exception:
+        destroy_shard_actors(handles)
+        raise
+    return handles
+
+
+def destroy_shard_actors(handles: ShardHandles) -> None:
+    """Ends the shards, and with them the rows they hold, and gives their placement group back."""
+    for actor in handles.actors:
+        ray.kill(actor)
+    if handles.placement_group is not None:
+        remove_placement_group(handles.placement_group)
+
+
+class RayTransport:
+    """Calls shard actors, from any worker or driver of their cluster.
+
+    Args:
+        handles: of ``create_shard_actors``.
+    """
+
+    def __init__(self, handles: ShardHandles) -> None:
+        self._actors = handles.actors
+        self._tables = handles.tables
+
+    @property
+    def tables(self) -> Mapping[str, TableSpec]:
+        """What the shards hold, by name of the table."""
+        return self._tables
+
+    @property
+    def num_shards(self) -> int:
+        """The number of shards."""
+        return len(self._actors)
+
+    def submit(self, shard: int, method: str, *args: object) -> Pending:
+        """Sends the call."""
+        try:
+            return Pending(shard, getattr(self._actors[shard], method).remote(*args))
+        except RayActorError as error:
+            # Ray raises at once for an actor that it already knows to be dead.
+            return Pending(shard, Reply(shard, error=_lost(error)))
+
+    def wait(self, pendings: Sequence[Pending], timeout_s: float) -> list[Reply]:
+        """The replies in the order of ``pendings``; returns early when one of them is an error."""
+        deadline = time.monotonic() + timeout_s
+        replies = {i: p.token for i, p in enumerate(pendings) if isinstance(p.token, Reply)}
+        places = {p.token: i for i, p in enumerate(pendings) if not isinstance(p.token, Reply)}
+        # An answer that is an error must not wait for answers that may never come, so they are taken as they arrive.
+        waiting = list(places)
+        while waiting and not any(reply.error for reply in replies.values()):
+            remaining_s = max(0.0, deadline - time.monotonic())
+            ready, waiting = ray.wait(waiting, timeout=remaining_s)
+            if not ready:
+                break
+            for ref in ready:
+                replies[places[ref]] = _reply(pendings[places[ref]].shard, ref, deadline)
+        missing = TimeoutError()
+        return [replies.get(i, Reply(p.shard, error=missing)) for i, p in enumerate(pendings)]
+
+    def close(self) -> None:
+        """Forgets the handles; the actors belong to whoever created them."""
+        self._actors = ()
+
+
+def _reply(shard: int, ref: Any, deadline: float) -> Reply:
+    try:
+        # The value may still have to travel from another node.
+        return Reply(shard, ray.get(ref, timeout=max(1.0, deadline - time.monotonic())))
+    except RayActorError as error:
+        return Reply(shard, error=_lost(error))
+    except RayTaskError as error:
+        # Ray wraps what the shard raised; the caller sees the same error as in process.
+        cause = error.cause
+        return Reply(shard, error=cause if isinstance(cause, Exception) else error)
+    except GetTimeoutError:
+        return Reply(shard, error=TimeoutError())
+    except ray.exceptions.ObjectLostError as error:
+        # The answer died with the node that held it.
+        return Reply(shard, error=_lost(error))
+
+
+def _lost(error: Exception) -> ConnectionError:
+    lost = ConnectionError(str(error))
+    lost.__cause__ = error
+    return lost
+
+
+def _wait_until_started(
+    handles: ShardHandles, bundle: Mapping[str, float], deadline: float, timeout_s: float
+) -> None:
+    transport = RayTransport(handles)
+    pendings = [transport.submit(shard, "fence") for shard in range(transport.num_shards)]
+    replies = transport.wait(pendings, max(0.0, deadline - time.monotonic()))
+    for reply in replies:
+        if isinstance(reply.error, ConnectionError):
+            raise ShardLostError(
+                "A cache shard died while it was started.",
+                where=f"shard {reply.shard} of {transport.num_shards}",
+                got=reply.error,
+                remedy="Look at the actor's log; most often its node has too little memory.",
+            ) from reply.error
+    missing = [reply.shard for reply in replies if reply.error is not None]
+    if missing:
+        raise CacheTimeoutError(
+            "Cache shards did not start.",
+            where=f"shards {missing} of {transport.num_shards}",
+            got=f"no answer after {timeout_s} s",
+            expected=f"nodes with {dict(bundle) or 'no reserved resources'} free for each shard",
+            remedy="Add nodes, reserve less, or raise the time-out.",
+        )

@@ -1,0 +1,174 @@
+"""The shell around a shard: who may touch it when, and for how long one waits. It holds no decision about data.
+
+Fetches run side by side, writes and everything else alone. A fetch that is ahead of the writes waits for them, with a limit;
+writes go before fetches, because fetches wait for writes and never the reverse.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from cache_server.errors import CacheError, CacheTimeoutError
+from cache_server.messages import Fence, FetchedRows, FetchRequest, ShardStats, WriteBatch
+from cache_server.shard import CacheShard
+from cache_server.snapshot import SnapshotPart, read_snapshot, write_snapshot
+
+
+class ShardService:
+    """One shard, used by many threads. Every method takes the longest time it may wait, in seconds.
+
+    Args:
+        shard: the shard; nobody else may touch it.
+        can_wait: whether other threads write while a fetch waits. If not, a fetch that would wait fails at once.
+    """
+
+    def __init__(self, shard: CacheShard, *, can_wait: bool) -> None:
+        self._shard = shard
+        self._can_wait = can_wait
+        self._changed = threading.Condition()
+        self._num_reading = 0
+        self._num_waiting_to_write = 0
+        self._is_writing = False
+
+    def fence(self) -> Fence:
+        """How far the shard is; never waits, so it answers while something else hangs."""
+        return self._shard.fence
+
+    def fetch(self, request: FetchRequest, wait_s: float) -> dict[str, FetchedRows]:
+        """``CacheShard.fetch``, after the writes it needs.
+
+        Raises:
+            CacheTimeoutError: they did not come within ``wait_s``.
+        """
+        with self._reading(f"fetch of step {request.step}", request, wait_s):
+            return self._shard.fetch(request)
+
+    def write(self, batch: WriteBatch, wait_s: float) -> None:
+        """``CacheShard.write``."""
+        with self._alone(f"write of step {batch.step}", wait_s):
+            self._shard.write(batch)
+
+    def clear(self, generation: int, step: int, wait_s: float) -> None:
+        """``CacheShard.clear``."""
+        with self._alone("clear", wait_s):
+            self._shard.clear(generation, step)
+
+    def digest(self, wait_s: float) -> dict[str, int]:
+        """``CacheShard.digest``."""
+        with self._alone("digest", wait_s):
+            return self._shard.digest()
+
+    def stats(self, wait_s: float) -> ShardStats:
+        """``CacheShard.stats``."""
+        with self._alone("stats", wait_s):
+            return self._shard.stats()
+
+    def snapshot(
+        self, prefix: str, generation: int, step: int | None, wait_s: float
+    ) -> list[SnapshotPart]:
+        """Writes the shard's tables under ``prefix``; with ``step``, as the cache is when that step begins.
+
+        Raises:
+            CacheTimeoutError: writes of steps before ``step`` did not come within ``wait_s``.
+            CacheError: a write of ``step`` or later came before the snapshot: it is no consistent cut.
+            SnapshotError: a file cannot be written.
+        """
+        if step is not None:
+            # An empty fetch is exactly the wait for the fence.
+            self.fetch(FetchRequest(generation, step, {}), wait_s)
+        with self._alone("snapshot", wait_s):
+            if step is not None and not (
+                self._shard.fence == Fence(generation, step - 1) and self._shard.is_cut
+            ):
+                raise CacheError(
+                    "A snapshot would not be one consistent cut: a write overtook it.",
+                    where=f"shard {self._shard.shard}, step {step}",
+                    got=f"{self._shard.fence}, later ones too: {not self._shard.is_cut}",
+                    expected=f"generation {generation}, writes through step {step - 1}, no later one",
+                    remedy="Let all ranks wait until the snapshot is written.",
+                )
+            return write_snapshot(self._shard, prefix)
+
+    def restore(
+        self,
+        prefix: str,
+        parts: Sequence[SnapshotPart],
+        generation: int,
+        step: int,
+        wait_s: float,
+    ) -> None:
+        """Replaces the tables by the snapshot and begins ``generation`` at ``step``.
+
+        Raises:
+            SnapshotError: a part cannot be used; the shard is empty and serves nothing until a restore or clear.
+        """
+        with self._alone("restore", wait_s):
+            self._shard.begin_restore()
+            read_snapshot(self._shard, prefix, parts)
+            self._shard.set_fence(generation, step)
+
+    @contextmanager
+    def _reading(self, what: str, request: FetchRequest, wait_s: float) -> Iterator[None]:
+        def is_ready() -> bool:
+            return (
+                not self._is_writing
+                and not self._num_waiting_to_write
+                and self._shard.is_ready(request.generation, request.step)
+            )
+
+        with self._changed:
+            needs = (
+                f"generation {request.generation}, writes received through step {request.step - 1}"
+            )
+            self._wait(what, is_ready, wait_s, needs)
+            self._num_reading += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._num_reading -= 1
+                self._changed.notify_all()
+
+    @contextmanager
+    def _alone(self, what: str, wait_s: float) -> Iterator[None]:
+        with self._changed:
+            self._num_waiting_to_write += 1
+            try:
+                self._wait(
+                    what,
+                    lambda: not self._is_writing and not self._num_reading,
+                    wait_s,
+                    "no other operation on the shard",
+                )
+                self._is_writing = True
+            finally:
+                self._num_waiting_to_write -= 1
+                self._changed.notify_all()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._is_writing = False
+                self._changed.notify_all()
+
+    def _wait(self, what: str, is_ready: Callable[[], bool], wait_s: float, needs: str) -> None:
+        """Waits, holding the condition, until ``is_ready``."""
+        began = time.monotonic()
+        if is_ready() or (self._can_wait and self._changed.wait_for(is_ready, wait_s)):
+            return
+        waited = f"after {time.monotonic() - began:.1f} s" if self._can_wait else "and cannot wait"
+        remedy = (
+            "Look for a rank that died or is slow, or raise the time-out."
+            if self._can_wait
+            else "In one process nobody else writes: write back every step before fetching for the next."
+        )
+        raise CacheTimeoutError(
+            f"A shard was not ready for a {what}, {waited}.",
+            where=f"shard {self._shard.shard} of {self._shard.num_shards}",
+            got=self._shard.fence,
+            expected=needs,
+            remedy=remedy,
+        )

@@ -1,0 +1,459 @@
+"""One shard of the cache: its tables, and how far it is. Pure: no process, no lock, no clock.
+
+Last writer wins. Every row carries the version of its last write, the position of an event in the total order; an older or equal
+version is ignored. So writes commute and repeat harmlessly: the order of arrival, retries and replays cannot change the content.
+
+The fence. Each shard receives exactly one message a step, with or without rows, so it knows through which step it has received
+*all* writes. A fetch names the step that begins and is served once all writes of earlier steps are here. It may also see
+writes of that step and of later ones, if their senders did not wait for the fetch: a sender that must not overtake it waits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+from numba import carray, njit
+
+from cache_server.addresses import int64_pointer, uint64_pointer
+from cache_server.errors import CacheError
+from cache_server.hashing import (
+    Int32s,
+    Int64s,
+    UInt64s,
+    bucket_range,
+    first_outside,
+    mix,
+    read_only,
+)
+from cache_server.index import IdIndex
+from cache_server.messages import (
+    Fence,
+    FetchedRows,
+    FetchRequest,
+    ShardStats,
+    TableSpec,
+    TableStats,
+    TableWrite,
+    WriteBatch,
+)
+from cache_server.storage import Rows, stored_dtype
+
+DEFAULT_BLOCK_ROWS = 65_536
+
+# A row lies in memory as 64-bit words, padded with zeros: one kernel serves every storage type, and loads are aligned.
+_WORD_BYTES = 8
+
+_NEVER_WRITTEN = -1
+
+_PRIME_1 = np.uint64(0x9FB21C651E98DF25)
+_PRIME_2 = np.uint64(0xD6E8FEB86659FD93)
+_ROTATE_LEFT = np.uint64(31)
+_ROTATE_RIGHT = np.uint64(33)
+
+
+@njit(nogil=True, cache=True)
+def _read_rows(rows, addresses, block_shift, out, found):  # type: ignore[no-untyped-def]
+    block_rows = 1 << block_shift
+    num_words = out.shape[1]
+    for i in range(rows.size):
+        row = np.int64(rows[i])
+        found[i] = row >= 0
+        if row < 0:
+            for j in range(num_words):
+                out[i, j] = 0
+            continue
+        block = carray(uint64_pointer(addresses[row >> block_shift]), (block_rows, num_words))
+        place = row & (block_rows - 1)
+        for j in range(num_words):
+            out[i, j] = block[place, j]
+
+
+@njit(nogil=True, cache=True)
+def _read_versions(rows, addresses, block_shift):  # type: ignore[no-untyped-def]
+    block_rows = 1 << block_shift
+    out = np.empty(rows.size, np.int64)
+    for i in range(rows.size):
+        row = np.int64(rows[i])
+        block = carray(int64_pointer(addresses[row >> block_shift]), (block_rows,))
+        out[i] = block[row & (block_rows - 1)]
+    return out
+
+
+@njit(nogil=True, cache=True)
+def _write_rows(rows, versions, words, addresses, version_addresses, block_shift):  # type: ignore[no-untyped-def]
+    block_rows = 1 << block_shift
+    num_words = words.shape[1]
+    for i in range(rows.size):
+        row = np.int64(rows[i])
+        place = row & (block_rows - 1)
+        stored = carray(int64_pointer(version_addresses[row >> block_shift]), (block_rows,))
+        if versions[i] <= stored[place]:
+            continue
+        stored[place] = versions[i]
+        block = carray(uint64_pointer(addresses[row >> block_shift]), (block_rows, num_words))
+        for j in range(num_words):
+            block[place, j] = words[i, j]
+
+
+@njit(nogil=True, cache=True)
+def _digest(keys, versions, words):  # type: ignore[no-untyped-def]
+    total = np.uint64(0)
+    lanes = np.empty(4, np.uint64)
+    for i in range(keys.size):
+        # The seed makes equal bytes under other keys or versions another row; four lanes let the multiplications overlap.
+        seed = mix(mix(keys[i]) ^ np.uint64(versions[i]))
+        for lane in range(4):
+            lanes[lane] = seed + np.uint64(lane) * _PRIME_1
+        for j in range(words.shape[1]):
+            lane = j & 3
+            value = lanes[lane] ^ (words[i, j] * _PRIME_1)
+            lanes[lane] = ((value << _ROTATE_LEFT) | (value >> _ROTATE_RIGHT)) * _PRIME_2
+        row_hash = seed
+        for lane in range(4):
+            row_hash = mix(row_hash ^ lanes[lane])
+        total += row_hash
+    return total
+
+
+def rows_digest(keys: Int64s, versions: Int64s, rows: Rows) -> int:
+    """The sum modulo 2^64 over rows of a hash of (key, version, bytes): equal for equal contents in any order.
+
+    Args:
+        keys: (M,), distinct.
+        versions: (M,).
+        rows: (M, D) in the storage type.
+    """
+    return int(_digest(read_only(keys), read_only(versions), read_only(_to_words(rows))))
+
+
+class CacheTable:
+    """Rows by key. Blocks of rows are appended and never copied: growth has no limit but memory, and no pause.
+
+    Args:
+        spec: width and storage type.
+        block_rows: rows in a block, a power of two. A block's memory is committed by the system page by page as
+            rows are first written, so a small table costs little.
+        max_rows: the largest number of rows.
+    """
+
+    def __init__(
+        self,
+        spec: TableSpec,
+        *,
+        block_rows: int = DEFAULT_BLOCK_ROWS,
+        max_rows: int | None = None,
+    ) -> None:
+        if block_rows < 1 or block_rows & (block_rows - 1):
+            raise CacheError(
+                "The number of rows in a block is wrong.",
+                where="block_rows",
+                got=block_rows,
+                expected="a power of two",
+            )
+        self.spec = spec
+        self._block_shift = block_rows.bit_length() - 1
+        self._num_words = -(-spec.row_bytes // _WORD_BYTES)
+        self._index = IdIndex() if max_rows is None else IdIndex(max_rows)
+        self._blocks: list[UInt64s] = []
+        self._version_blocks: list[Int64s] = []
+        self._addresses = np.empty(0, np.int64)
+        self._version_addresses = np.empty(0, np.int64)
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def fetch(self, keys: Int64s) -> FetchedRows:
+        """The rows of ``keys`` (M,) in their order and the storage type; zeros for ids never written."""
+        return self._read(self._index.lookup(keys))
+
+    def write(self, keys: Int64s, versions: Int64s, rows: Rows) -> None:
+        """Stores each row whose version is higher than the one its key has; the others are ignored.
+
+        Args:
+            keys: (M,), any int64, duplicates welcome.
+            versions: (M,), at least 0.
+            rows: (M, D) in the storage type.
+
+        Raises:
+            CacheError: a wrong shape, type or version, or too many ids; nothing was stored.
+        """
+        self.check_write(TableWrite(keys, versions, rows))
+        row_numbers = self._index.lookup(keys)
+        num_absent = int(np.count_nonzero(row_numbers < 0))
+        if num_absent:
+            # Blocks come first: a row number that the index gives away must never point beyond them.
+            self._append_blocks(min(len(self) + num_absent, self._index.max_rows))
+            row_numbers = self._index.insert(keys)
+        _write_rows(
+            row_numbers,
+            read_only(versions),
+            read_only(_to_words(rows)),
+            self._addresses,
+            self._version_addresses,
+            self._block_shift,
+        )
+
+    def check_write(self, write: TableWrite) -> None:
+        """Raises CacheError if ``write`` breaks a rule; changes nothing."""
+        dtype = stored_dtype(self.spec.storage)
+        if write.rows.dtype != dtype or write.rows.shape != (write.keys.size, self.spec.width):
+            raise CacheError(
+                "A write has rows of another kind than the table.",
+                got=f"{write.rows.dtype} {write.rows.shape}",
+                expected=f"{dtype} {(write.keys.size, self.spec.width)}",
+            )
+        if write.versions.size and write.versions.min() < 0:
+            raise CacheError(
+                "A write has a negative version.",
+                got=int(write.versions.min()),
+                expected="the position of an event in the total order, at least 0",
+            )
+
+    def items(self, chunk_rows: int = 65_536) -> Iterator[tuple[Int64s, Int64s, Rows]]:
+        """All rows as (keys (M,), versions (M,), rows (M, D)), at most ``chunk_rows`` at a time, in no order."""
+        for keys, row_numbers in self._index.items(chunk_rows):
+            versions = _read_versions(
+                read_only(row_numbers), self._version_addresses, self._block_shift
+            )
+            yield keys, versions, self._read(row_numbers).rows
+
+    def digest(self) -> int:
+        """``rows_digest`` of the whole table: equal contents have equal digests, however they came and lie."""
+        total = 0
+        for keys, versions, rows in self.items():
+            total += rows_digest(keys, versions, rows)
+        return total % 2**64
+
+    def stats(self) -> TableStats:
+        """Sizes."""
+        block_bytes = (self._num_words + 1) * _WORD_BYTES << self._block_shift
+        return TableStats(
+            num_rows=len(self),
+            row_bytes=self._num_words * _WORD_BYTES,
+            index_bytes=self._index.nbytes,
+            nbytes=len(self._blocks) * block_bytes + self._index.nbytes,
+        )
+
+    def _read(self, row_numbers: Int32s) -> FetchedRows:
+        words = np.empty((row_numbers.size, self._num_words), np.uint64)
+        found = np.empty(row_numbers.size, np.bool_)
+        _read_rows(read_only(row_numbers), self._addresses, self._block_shift, words, found)
+        rows = words.view(stored_dtype(self.spec.storage))
+        return FetchedRows(np.ascontiguousarray(rows[:, : self.spec.width]), found)
+
+    def _append_blocks(self, num_rows: int) -> None:
+        block_rows = 1 << self._block_shift
+        while len(self._blocks) * block_rows < num_rows:
+            # zeros, not empty: it costs nothing before the pages are used, and the padding is part of the digest.
+            self._blocks.append(np.zeros((block_rows, self._num_words), np.uint64))
+            self._version_blocks.append(np.full(block_rows, _NEVER_WRITTEN, np.int64))
+        if len(self._blocks) > self._addresses.size:
+            self._addresses = _addresses_of(self._blocks)
+            self._version_addresses = _addresses_of(self._version_blocks)
+
+
+class CacheShard:
+    """The tables of one shard and its fence.
+
+    Starts empty in generation 0, with no step received.
+
+    Args:
+        tables: what each table holds, by name.
+        shard, num_shards: which of how many: the buckets it owns.
+        block_rows: rows in a block of a table, a power of two.
+    """
+
+    def __init__(
+        self,
+        tables: Mapping[str, TableSpec],
+        *,
+        shard: int = 0,
+        num_shards: int = 1,
+        block_rows: int = DEFAULT_BLOCK_ROWS,
+    ) -> None:
+        self.specs = dict(tables)
+        self.shard = shard
+        self.num_shards = num_shards
+        self.buckets = bucket_range(shard, num_shards)
+        self._block_rows = block_rows
+        self._generation = 0
+        self._received_step = -1
+        self._early_steps: set[int] = set()
+        self._late_messages = 0
+        self._repeated_messages = 0
+        self._tables = self._empty_tables()
+
+    @property
+    def tables(self) -> Mapping[str, CacheTable]:
+        """By name; for reading."""
+        return self._tables
+
+    @property
+    def generation(self) -> int:
+        """How often the cache was emptied or restored; -1 while a restore has not finished."""
+        return self._generation
+
+    @property
+    def received_step(self) -> int:
+        """The step through which all writes were received; -1 before the first."""
+        return self._received_step
+
+    @property
+    def fence(self) -> Fence:
+        """Generation and received step."""
+        return Fence(self._generation, self._received_step)
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether nothing beyond ``received_step`` was received."""
+        return not self._early_steps
+
+    def clear(self, generation: int, step: int = 0) -> None:
+        """Empties the tables and starts a generation whose first step is ``step``; a repeat changes nothing.
+
+        Raises:
+            CacheError: the shard is in a later generation already.
+        """
+        if generation == self._generation:
+            return
+        self._check_not_older("clear", generation)
+        self._tables = self._empty_tables()
+        self.set_fence(generation, step)
+
+    def set_fence(self, generation: int, step: int) -> None:
+        """Declares that the tables hold all writes of steps before ``step``, and of no other."""
+        self._generation = generation
+        self._received_step = step - 1
+        self._early_steps.clear()
+
+    def write(self, batch: WriteBatch) -> None:
+        """Applies a message. It may be late, repeated, or earlier than the messages of steps before it.
+
+        Raises:
+            CacheError: a later generation, an unknown table, rows of another kind, or a key of another shard's; nothing
+                was stored.
+        """
+        if batch.generation < self._generation:
+            self._late_messages += 1
+            return
+        if batch.generation > self._generation:
+            raise CacheError(
+                "A write belongs to a generation that the shard has not begun.",
+                where=f"shard {self.shard}, step {batch.step}",
+                got=f"generation {batch.generation}",
+                expected=f"generation {self._generation}",
+                remedy="Let one client clear or restore the cache, and wait for it, before others write.",
+            )
+        for name, write in batch.tables.items():
+            self._check_write(batch.step, name, write)
+        for name, write in batch.tables.items():
+            self._tables[name].write(write.keys, write.versions, write.rows)
+        self._receive(batch.step)
+
+    def is_ready(self, generation: int, step: int) -> bool:
+        """Whether all writes of steps before ``step`` are here.
+
+        Raises:
+            CacheError: the shard is in a later generation, so they never will be.
+        """
+        self._check_not_older(f"fetch of step {step}", generation)
+        return generation == self._generation and step <= self._received_step + 1
+
+    def fetch(self, request: FetchRequest) -> dict[str, FetchedRows]:
+        """The rows of ``request``, by table; sees at least all writes of steps before ``request.step``.
+
+        Raises:
+            CacheError: not ready (ask ``is_ready`` first), or an unknown table.
+        """
+        if not self.is_ready(request.generation, request.step):
+            raise CacheError(
+                "A fetch came before the writes it needs.",
+                where=f"shard {self.shard}, step {request.step}",
+                got=self.fence,
+                expected=f"generation {request.generation}, writes through step {request.step - 1}",
+            )
+        return {name: self._table(name).fetch(keys) for name, keys in request.keys.items()}
+
+    def begin_restore(self) -> None:
+        """Empties the tables and leaves the generation; ``set_fence`` ends the restore. Until then nothing is served."""
+        self._tables = self._empty_tables()
+        self.set_fence(-1, 0)
+
+    def digest(self) -> dict[str, int]:
+        """The digest of each table; summed over shards modulo 2^64, that of the whole cache."""
+        return {name: table.digest() for name, table in self._tables.items()}
+
+    def stats(self) -> ShardStats:
+        """Sizes, fence and counts."""
+        return ShardStats(
+            shard=self.shard,
+            fence=self.fence,
+            late_messages=self._late_messages,
+            repeated_messages=self._repeated_messages,
+            tables={name: table.stats() for name, table in self._tables.items()},
+        )
+
+    def _empty_tables(self) -> dict[str, CacheTable]:
+        return {
+            name: CacheTable(spec, block_rows=self._block_rows) for name, spec in self.specs.items()
+        }
+
+    def _table(self, name: str) -> CacheTable:
+        try:
+            return self._tables[name]
+        except KeyError:
+            raise CacheError(
+                "The cache has no such table.",
+                where=f"shard {self.shard}",
+                got=name,
+                expected=", ".join(self._tables),
+            ) from None
+
+    def _check_not_older(self, what: str, generation: int) -> None:
+        if generation < self._generation:
+            raise CacheError(
+                f"A {what} belongs to a generation that is over.",
+                where=f"shard {self.shard}",
+                got=f"generation {generation}",
+                expected=f"generation {self._generation} or later",
+                remedy="Begin the new generation on every client after one of them cleared or restored the cache.",
+            )
+
+    def _check_write(self, step: int, name: str, write: TableWrite) -> None:
+        self._table(name).check_write(write)
+        outside = first_outside(write.keys, *self.buckets)
+        if outside >= 0:
+            raise CacheError(
+                "A write came to a shard that does not own its key.",
+                where=f"shard {self.shard} of {self.num_shards}, step {step}, table {name}",
+                got=f"key {write.keys[outside]}",
+                expected=f"keys of buckets {self.buckets[0]} to {self.buckets[1] - 1}",
+                remedy="Use the same number of shards in every client.",
+            )
+
+    def _receive(self, step: int) -> None:
+        if step <= self._received_step or step in self._early_steps:
+            self._repeated_messages += 1
+            return
+        self._early_steps.add(step)
+        while self._received_step + 1 in self._early_steps:
+            self._received_step += 1
+            self._early_steps.remove(self._received_step)
+
+
+def _to_words(rows: Rows) -> UInt64s:
+    """Rows (M, D) as 64-bit words (M, ceil(row bytes / 8)), padded with zeros."""
+    num_rows, width = rows.shape
+    row_bytes = width * rows.dtype.itemsize
+    rows = np.ascontiguousarray(rows)
+    # A view of another item size needs aligned memory, which a buffer off the wire may not be.
+    if row_bytes % _WORD_BYTES == 0 and rows.ctypes.data % _WORD_BYTES == 0:
+        return rows.reshape(num_rows, width).view(np.uint64)
+    words = np.zeros((num_rows, -(-row_bytes // _WORD_BYTES)), np.uint64)
+    words.view(rows.dtype)[:, :width] = rows
+    return words
+
+
+def _addresses_of(blocks: list[UInt64s] | list[Int64s]) -> Int64s:
+    return np.array([block.ctypes.data for block in blocks], np.int64)

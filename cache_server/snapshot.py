@@ -1,0 +1,249 @@
+"""Snapshots: one Arrow IPC file per table and bucket range, through fsspec to any URL.
+
+``<prefix>/<table>-<first bucket>-<bucket after the last>.arrow`` has the columns key, version and row, in no order, and what it
+holds in its schema's metadata, the digest included. It restores into any number of shards: a shard reads every file whose range
+overlaps its own, keeps its own keys, and verifies the digest over *all* rows of the file. Nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+
+from cache_server.errors import SnapshotError
+from cache_server.hashing import NUM_BUCKETS, Int64s, bucket_of
+from cache_server.messages import TableSpec
+from cache_server.shard import CacheShard, CacheTable, rows_digest
+from cache_server.storage import Rows, stored_dtype
+
+FORMAT_VERSION = "1"
+
+_BATCH_BYTES = 8 * 2**20
+
+# Object stores have no directories, and asking them to make one asks for a right that a writer need not have.
+_PROTOCOLS_WITH_DIRECTORIES = frozenset(
+    {"file", "local", "memory", "hdfs", "webhdfs", "sftp", "ssh", "smb"}
+)
+
+_AGAIN = "Restore an older checkpoint; this snapshot cannot be used."
+
+
+@dataclass(frozen=True)
+class SnapshotPart:
+    """One file of a snapshot. ``dataclasses.asdict`` makes JSON of it, ``SnapshotPart(**json)`` the part again.
+
+    Args:
+        path: the file's name under the prefix.
+        table: the table's name.
+        bucket_start, bucket_stop: the buckets it holds, [start, stop).
+        num_rows: rows in it.
+        digest: their ``rows_digest``.
+        nbytes: the file's size.
+    """
+
+    path: str
+    table: str
+    bucket_start: int
+    bucket_stop: int
+    num_rows: int
+    digest: int
+    nbytes: int
+
+
+def write_snapshot(shard: CacheShard, prefix: str) -> list[SnapshotPart]:
+    """Writes every table of ``shard`` under the URL ``prefix``, which must not hold another snapshot.
+
+    Raises:
+        SnapshotError: a file cannot be written.
+    """
+    start, stop = shard.buckets
+    return [_write_part(prefix, name, table, start, stop) for name, table in shard.tables.items()]
+
+
+def read_snapshot(shard: CacheShard, prefix: str, parts: Iterable[SnapshotPart]) -> None:
+    """Adds to ``shard`` its own keys of those ``parts`` that overlap its buckets.
+
+    Raises:
+        SnapshotError: a part is missing, truncated, or holds other rows than it should.
+    """
+    start, stop = shard.buckets
+    for part in parts:
+        if part.bucket_start < stop and start < part.bucket_stop:
+            _read_part(prefix, part, shard.tables[part.table], start, stop)
+
+
+def check_parts(parts: Sequence[SnapshotPart], tables: Mapping[str, TableSpec]) -> None:
+    """Raises SnapshotError unless ``parts`` hold every bucket of every table exactly once, and no other table."""
+    unknown = sorted({part.table for part in parts} - set(tables))
+    if unknown:
+        raise SnapshotError(
+            "A snapshot holds tables that the cache does not have.",
+            got=", ".join(unknown),
+            expected=", ".join(tables),
+        )
+    for name in tables:
+        covered = 0
+        ranges = sorted((p.bucket_start, p.bucket_stop) for p in parts if p.table == name)
+        for start, stop in [*ranges, (NUM_BUCKETS, NUM_BUCKETS)]:
+            if start != covered:
+                raise SnapshotError(
+                    "The parts of a snapshot do not hold every bucket exactly once.",
+                    where=f"table {name}",
+                    got=f"buckets {start} to {stop - 1} after bucket {covered - 1}",
+                    expected=f"a part that begins at bucket {covered}"
+                    if covered < NUM_BUCKETS
+                    else "no further part",
+                    remedy="Give all parts of one snapshot, and of that one only.",
+                )
+            covered = stop
+
+
+def _write_part(prefix: str, name: str, table: CacheTable, start: int, stop: int) -> SnapshotPart:
+    part = SnapshotPart(
+        f"{name}-{start:04d}-{stop:04d}.arrow", name, start, stop, len(table), table.digest(), 0
+    )
+    url = _url(prefix, part.path)
+    schema = _schema(part, table.spec)
+    try:
+        filesystem, path = fsspec.core.url_to_fs(url)
+        if not _PROTOCOLS_WITH_DIRECTORIES.isdisjoint(_protocols(filesystem)):
+            filesystem.makedirs(path.rpartition("/")[0], exist_ok=True)
+        with filesystem.open(path, "wb") as file, pa.ipc.new_file(file, schema) as writer:
+            for keys, versions, rows in table.items(_batch_rows(table.spec)):
+                writer.write_batch(_to_batch(schema, keys, versions, rows))
+        nbytes = int(filesystem.size(path))
+    except (OSError, ValueError, ImportError, pa.ArrowException) as error:
+        raise SnapshotError(
+            "A snapshot could not be written.",
+            where=url,
+            got=f"{type(error).__name__}: {error}",
+            remedy="Check the address, the rights and the free space.",
+        ) from error
+    return dataclasses.replace(part, nbytes=nbytes)
+
+
+def _read_part(prefix: str, part: SnapshotPart, table: CacheTable, start: int, stop: int) -> None:
+    num_rows, digest = 0, 0
+    is_inside = start <= part.bucket_start and part.bucket_stop <= stop
+    for keys, versions, rows in _read_rows(prefix, part, table.spec):
+        num_rows += keys.size
+        digest = (digest + rows_digest(keys, versions, rows)) % 2**64
+        if not is_inside:
+            buckets = bucket_of(keys)
+            mine = (start <= buckets) & (buckets < stop)
+            keys, versions, rows = keys[mine], versions[mine], rows[mine]
+        table.write(keys, versions, rows)
+    if (num_rows, digest) != (part.num_rows, part.digest):
+        raise SnapshotError(
+            "A snapshot's file holds other rows than its manifest says.",
+            where=_url(prefix, part.path),
+            got=f"{num_rows} rows with digest {digest}",
+            expected=f"{part.num_rows} rows with digest {part.digest}",
+            remedy=_AGAIN,
+        )
+
+
+def _read_rows(
+    prefix: str, part: SnapshotPart, spec: TableSpec
+) -> Iterator[tuple[Int64s, Int64s, Rows]]:
+    url = _url(prefix, part.path)
+    try:
+        with fsspec.open(url, "rb") as file, pa.ipc.open_file(file) as reader:
+            _check_schema(url, reader.schema, _schema(part, spec))
+            for i in range(reader.num_record_batches):
+                yield _from_batch(reader.get_batch(i), spec)
+    # A damaged file makes Arrow raise almost anything; it must never look like rows.
+    except (OSError, ValueError, ImportError, EOFError, pa.ArrowException) as error:
+        raise SnapshotError(
+            "A snapshot's file is missing or damaged.",
+            where=url,
+            got=f"{type(error).__name__}: {error}",
+            expected=f"{part.nbytes} bytes, {part.num_rows} rows",
+            remedy=_AGAIN,
+        ) from error
+
+
+def _check_schema(url: str, schema: pa.Schema, expected: pa.Schema) -> None:
+    got_metadata = _decoded(schema.metadata)
+    for fact, value in _decoded(expected.metadata).items():
+        if got_metadata.get(fact) != value:
+            raise SnapshotError(
+                "A snapshot's file is not the part that was asked for.",
+                where=url,
+                got=f"{fact} {got_metadata.get(fact)}",
+                expected=f"{fact} {value}",
+                remedy="Restore into tables of the same width and storage type, from the snapshot's own manifest.",
+            )
+    if not schema.equals(expected):
+        raise SnapshotError(
+            "A snapshot's file has other columns than it should.",
+            where=url,
+            got=schema.remove_metadata(),
+            expected=expected.remove_metadata(),
+            remedy=_AGAIN,
+        )
+
+
+def _schema(part: SnapshotPart, spec: TableSpec) -> pa.Schema:
+    value_type = pa.from_numpy_dtype(stored_dtype(spec.storage))
+    fields = [
+        pa.field("key", pa.int64(), nullable=False),
+        pa.field("version", pa.int64(), nullable=False),
+        pa.field("row", pa.list_(pa.field("value", value_type, nullable=False), spec.width), False),
+    ]
+    facts = {
+        "format": FORMAT_VERSION,
+        "table": part.table,
+        "width": spec.width,
+        "storage": spec.storage,
+        "bucket_start": part.bucket_start,
+        "bucket_stop": part.bucket_stop,
+        "num_rows": part.num_rows,
+        "digest": part.digest,
+    }
+    return pa.schema(fields, metadata={fact: str(value) for fact, value in facts.items()})
+
+
+def _to_batch(schema: pa.Schema, keys: Int64s, versions: Int64s, rows: Rows) -> pa.RecordBatch:
+    row_type = schema.field("row").type
+    values = pa.array(rows.reshape(-1), row_type.value_type)
+    columns = [
+        pa.array(keys),
+        pa.array(versions),
+        pa.FixedSizeListArray.from_arrays(values, type=row_type),
+    ]
+    return pa.RecordBatch.from_arrays(columns, schema=schema)
+
+
+def _from_batch(batch: pa.RecordBatch, spec: TableSpec) -> tuple[Int64s, Int64s, Rows]:
+    # Arrow trusts offsets and lengths in the file; a damaged one must not reach past the buffers.
+    batch.validate(full=True)
+    keys = batch.column(0).to_numpy(zero_copy_only=False)
+    versions = batch.column(1).to_numpy(zero_copy_only=False)
+    values = batch.column(2).flatten().to_numpy(zero_copy_only=False)
+    return keys, versions, values.reshape(keys.size, spec.width)
+
+
+def _batch_rows(spec: TableSpec) -> int:
+    return max(1, _BATCH_BYTES // spec.row_bytes)
+
+
+def _url(prefix: str, path: str) -> str:
+    return f"{prefix.rstrip('/')}/{path}"
+
+
+def _protocols(filesystem: Any) -> tuple[str, ...]:
+    protocol = filesystem.protocol
+    return (protocol,) if isinstance(protocol, str) else tuple(protocol)
+
+
+def _decoded(metadata: Mapping[bytes, bytes] | None) -> dict[str, str]:
+    return {
+        key.decode(errors="replace"): value.decode(errors="replace")
+        for key, value in (metadata or {}).items()
+    }
