@@ -122,6 +122,24 @@ def metrics_to_json(metrics: Mapping[str, Metrics]) -> dict[str, dict[str, float
     }
 
 
+def metrics_from_json(value: Mapping[str, Mapping[str, Any]]) -> dict[str, Metrics]:
+    """The inverse of ``metrics_to_json``."""
+    return {
+        name: Metrics(
+            num_events=m["num_events"],
+            normalized_rank=float("nan") if m["normalized_rank"] is None else m["normalized_rank"],
+            hit_rate=float("nan") if m["hit_rate"] is None else m["hit_rate"],
+        )
+        for name, m in value.items()
+    }
+
+
+def read_json(url: str) -> dict[str, Any]:
+    with fsspec.open(url, "r") as file:
+        value: dict[str, Any] = json.load(file)
+    return value
+
+
 def write_json(url: str, value: Mapping[str, Any]) -> None:
     with fsspec.open(url, "w") as file:
         json.dump(value, file, indent=1)

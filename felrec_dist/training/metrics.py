@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from torch.utils.tensorboard import SummaryWriter
 
+from cache_server import ShardStats
 from felrec_dist.evaluation.result import Metrics
 
 
@@ -49,14 +49,14 @@ class RunLog:
                 scalars[f"time_share/{phase}(%)"] = 100.0 * seconds / max(total, 1e-9)
         self._write(scalars, global_step)
 
-    def cache(self, global_step: int, shards: list[Mapping[str, Any]]) -> None:
+    def cache(self, global_step: int, shards: Sequence[ShardStats]) -> None:
         """Logs rows and bytes of each table and shard."""
         self._write(
             {
-                f"cache/{table}/{name}({unit})/shard_{number}": stats[name]
-                for number, tables in enumerate(shards)
-                for table, stats in tables.items()
-                for name, unit in (("num_rows", "rows"), ("num_bytes", "bytes"))
+                f"cache/{table}/{name}/shard_{shard.shard}": value
+                for shard in shards
+                for table, stats in shard.tables.items()
+                for name, value in (("size(rows)", stats.num_rows), ("size(bytes)", stats.nbytes))
             },
             global_step,
         )

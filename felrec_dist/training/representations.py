@@ -10,10 +10,11 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from cache_server import CacheClient, TableSpec
+from cache_server.shard import DEFAULT_BLOCK_ROWS
 from felrec_dist.data.histories import Histories, distinct
 from felrec_dist.data.stream import EventBatch
 from felrec_dist.model.felrec import EncoderInputs
@@ -33,8 +34,17 @@ class CacheConfig(Section):
 
     num_shards: int = Field(1, ge=1, le=4096, description="S; one or two a node are best")
     storage: Literal["float64", "float32", "float16", "bfloat16"] = "float32"
-    block_rows: int = Field(65_536, ge=1, description="rows by which a shard's table grows")
+    block_rows: int = Field(
+        DEFAULT_BLOCK_ROWS, ge=1, description="rows by which a shard's table grows; a power of two"
+    )
     timeout_s: float = Field(60.0, gt=0.0, description="limit of each wait for a shard")
+
+    @field_validator("block_rows")
+    @classmethod
+    def _is_power_of_two(cls, rows: int) -> int:
+        if rows & (rows - 1):
+            raise ValueError(f"block_rows = {rows} must be a power of two")
+        return rows
 
     def tables(self, width: int) -> dict[str, TableSpec]:
         """Returns the two tables of a cache of representations of D = width."""

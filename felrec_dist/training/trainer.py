@@ -5,7 +5,6 @@ Every rank runs the same code; what only one must do (clear the cache, write fil
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -28,6 +27,7 @@ from felrec_dist.evaluation.evaluator import Protocol as EvaluationProtocol
 from felrec_dist.evaluation.result import Metrics, PartResult
 from felrec_dist.model.felrec import EncoderInputs, ModelOutput, build_model
 from felrec_dist.training.checkpoint import (
+    CACHE_FOLDER,
     BestEpoch,
     Checkpoint,
     CheckpointStore,
@@ -91,7 +91,7 @@ class RunResult:
         checkpoint_url: its checkpoint.
         validation: metrics of the validation of each epoch of this process, by partition.
         test: the test of the best epoch.
-        last_epoch_loss: mean total loss of the last epoch; NaN if this process trained none.
+        last_epoch_loss: mean total loss of the last epoch; None if no epoch was left to train.
         chance_loss: the total loss when all logits are equal; None where there is no such value.
     """
 
@@ -99,7 +99,7 @@ class RunResult:
     checkpoint_url: str
     validation: list[dict[str, Metrics]]
     test: PartResult
-    last_epoch_loss: float
+    last_epoch_loss: float | None
     chance_loss: float | None
 
 
@@ -215,7 +215,7 @@ class Trainer:
             checkpoint_url=url,
             validation=validation,
             test=test,
-            last_epoch_loss=float(losses.total.mean()) if losses else math.nan,
+            last_epoch_loss=float(losses.total.mean()) if losses else None,
             chance_loss=None if chance is None else 2 * chance,
         )
 
@@ -279,7 +279,7 @@ class Trainer:
                 dataset_digest=self.dataset.digest,
                 model=self.model.state_dict(),
                 optimizer=self._momentum(),
-                cache_parts=self.client.snapshot(f"{url}/cache"),
+                cache_parts=self.client.snapshot(f"{url}/{CACHE_FOLDER}", position.cache_step),
             )
             self.store.keep({epoch, position.best.epoch})
         self.world.barrier()
@@ -300,8 +300,10 @@ class Trainer:
             momentum = checkpoint.optimizer[name].to(parameter)
             self.optimizer.state[parameter] = {"momentum_buffer": momentum}
         if with_cache:
+            # A life of its own, after those of all epochs.
             generation = self.config.training.schedule.epochs + 1
-            self._begin_cache(generation)
+            self.client.flush()
+            self.world.barrier()
             if self.world.is_first:
                 self.client.restore(
                     checkpoint.cache_prefix,
@@ -310,6 +312,7 @@ class Trainer:
                     checkpoint.position.cache_step,
                 )
             self.world.barrier()
+            self.client.begin_generation(generation)
 
     def _start(self, resume: bool) -> RunPosition | None:
         """Prepares the run's folder; returns where the run goes on, None at its beginning."""
@@ -338,7 +341,7 @@ class Trainer:
         if self.world.is_first:
             self.client.clear(generation)
         self.world.barrier()
-        self.client.start(generation)
+        self.client.begin_generation(generation)
 
     def _seed(self, epoch: int, step: int) -> None:
         """Random streams do not outlive a step, so that any step can be repeated alone."""

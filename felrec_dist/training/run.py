@@ -1,0 +1,203 @@
+"""From a config to a trained, tested model and its report; the same code on one process and on Ray workers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import fsspec
+import torch
+
+from cache_server import CacheClient
+from felrec_dist.config import ExperimentConfig
+from felrec_dist.data.dataset import PreparedDataset
+from felrec_dist.errors import ConfigError, DatasetError
+from felrec_dist.evaluation.evaluator import Protocol
+from felrec_dist.evaluation.free_baselines import most_popular, random_scores
+from felrec_dist.evaluation.result import (
+    Metrics,
+    PartResult,
+    metrics_from_json,
+    metrics_to_json,
+    read_json,
+    write_json,
+)
+from felrec_dist.training.checkpoint import read_checkpoint
+from felrec_dist.training.trainer import Progress, RunResult, Trainer
+from felrec_dist.training.world import World
+
+
+@dataclass(frozen=True)
+class TestReport:
+    """The test of a model beside the baselines that need no training, as ``evaluation/test-*.json`` holds it.
+
+    Attributes:
+        model: name of the model's row.
+        protocol: ``causal`` or ``released``.
+        k, num_negatives: of the hit rate.
+        checkpoint_url: what was tested.
+        epoch: the epoch that was tested, from 0.
+        last_epoch_loss: mean total loss of the run's last epoch; None where no epoch was trained.
+        chance_loss: the total loss when all logits are equal; None where there is none.
+        rows: metrics by partition of each model.
+    """
+
+    model: str
+    protocol: Protocol
+    k: int
+    num_negatives: int
+    checkpoint_url: str
+    epoch: int
+    last_epoch_loss: float | None
+    chance_loss: float | None
+    rows: dict[str, dict[str, Metrics]]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            **{name: value for name, value in asdict(self).items() if name != "rows"},
+            "rows": {model: metrics_to_json(metrics) for model, metrics in self.rows.items()},
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> TestReport:
+        rows = {model: metrics_from_json(metrics) for model, metrics in value["rows"].items()}
+        return cls(**{**value, "rows": rows})
+
+
+def report_url(config: ExperimentConfig, protocol: Protocol) -> str:
+    """Returns where the test report of a run is, without its ending (.json, .parquet)."""
+    return f"{config.run.url.rstrip('/')}/evaluation/test-{protocol}"
+
+
+def read_report(config: ExperimentConfig, protocol: Protocol) -> TestReport:
+    """Returns the report that ``run_training`` or ``run_evaluation`` left."""
+    return TestReport.from_json(read_json(f"{report_url(config, protocol)}.json"))
+
+
+def resolve_device(config: ExperimentConfig) -> torch.device:
+    """Returns the device of a run on one process."""
+    asked = config.run.device
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            "no CUDA device is available",
+            where="run.device",
+            got="cuda",
+            remedy="set run.device=auto, or look at what nvidia-smi says",
+        )
+    if asked == "auto":
+        asked = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(asked)
+
+
+def run_training(
+    config: ExperimentConfig,
+    client: CacheClient,
+    world: World,
+    *,
+    resume: bool,
+    progress: Progress | None = None,
+) -> RunResult:
+    """Trains, tests the best epoch, and leaves the report in the run's folder."""
+    dataset = PreparedDataset.open(config.data.url)
+    _check_parts(dataset)
+    result = Trainer(config, dataset, client, world, progress).fit(resume=resume)
+    if world.is_first:
+        _write_report(
+            config,
+            dataset,
+            result.test,
+            config.evaluation.protocol,
+            checkpoint_url=result.checkpoint_url,
+            epoch=result.best.epoch,
+            last_epoch_loss=result.last_epoch_loss,
+            chance_loss=result.chance_loss,
+        )
+    world.barrier()
+    return result
+
+
+def run_evaluation(
+    config: ExperimentConfig,
+    client: CacheClient,
+    world: World,
+    *,
+    checkpoint_url: str,
+    protocol: Protocol,
+    progress: Progress | None = None,
+) -> PartResult:
+    """Tests a checkpoint and leaves the report in the run's folder."""
+    dataset = PreparedDataset.open(config.data.url)
+    _check_parts(dataset)
+    checkpoint = read_checkpoint(checkpoint_url)
+    trainer = Trainer(config, dataset, client, world, progress)
+    result = trainer.test(checkpoint, protocol)
+    if world.is_first:
+        chance = trainer.model.chance_loss()
+        _write_report(
+            config,
+            dataset,
+            result,
+            protocol,
+            checkpoint_url=checkpoint.url,
+            epoch=checkpoint.position.epochs_done - 1,
+            last_epoch_loss=None,
+            chance_loss=None if chance is None else 2 * chance,
+        )
+    world.barrier()
+    return result
+
+
+def _write_report(
+    config: ExperimentConfig,
+    dataset: PreparedDataset,
+    result: PartResult,
+    protocol: Protocol,
+    *,
+    checkpoint_url: str,
+    epoch: int,
+    last_epoch_loss: float | None,
+    chance_loss: float | None,
+) -> None:
+    evaluation = config.evaluation
+    metrics = result.metrics()
+    popular = most_popular(
+        dataset,
+        dataset.split.test,
+        batch_size=config.data.batch_size,
+        num_negatives=evaluation.num_negatives,
+        k=evaluation.k,
+        seed=evaluation.seed,
+    )
+    report = TestReport(
+        model=config.model.variant,
+        protocol=protocol,
+        k=evaluation.k,
+        num_negatives=evaluation.num_negatives,
+        checkpoint_url=checkpoint_url,
+        epoch=epoch,
+        last_epoch_loss=last_epoch_loss,
+        chance_loss=chance_loss,
+        rows={
+            config.model.variant: metrics,
+            "most popular": popular.metrics(),
+            "random": random_scores(
+                metrics, num_negatives=evaluation.num_negatives, k=evaluation.k
+            ),
+        },
+    )
+    url = report_url(config, protocol)
+    fs, path = fsspec.core.url_to_fs(url)
+    fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+    result.write_parquet(f"{url}.parquet")
+    write_json(f"{url}.json", report.to_json())
+
+
+def _check_parts(dataset: PreparedDataset) -> None:
+    for name, span in (("validation", dataset.split.validation), ("test", dataset.split.test)):
+        if len(span) == 0:
+            raise DatasetError(
+                f"the {name} part of the data set is empty",
+                where=dataset.url,
+                remedy=f"prepare it with a larger --{name}-fraction",
+            )

@@ -1,0 +1,346 @@
+"""The command ``felrec``: prepare, download, synthesize, train, evaluate."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+from felrec_dist.errors import ConfigError, FelrecError
+
+if TYPE_CHECKING:
+    from felrec_dist.config import ExperimentConfig
+
+app = typer.Typer(
+    name="felrec",
+    help="Train FELRec: representations of users and items without an embedding layer.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+IdKind = Literal["int", "string"]
+Unit = Literal["s", "ms", "us", "iso"]
+INTERRUPTED = 130
+FAILED = 1
+
+
+def main() -> None:
+    """Runs the command line; our own errors are printed without a trace."""
+    console = Console(stderr=True)
+    try:
+        app()
+    except FelrecError as error:
+        console.print(f"[bold red]error:[/] {type(error).__name__}:", end=" ")
+        console.print(str(error), markup=False, highlight=False)
+        sys.exit(FAILED)
+    except KeyboardInterrupt:
+        console.print("stopped; a committed checkpoint stays: go on with --resume")
+        sys.exit(INTERRUPTED)
+
+
+@app.command()
+def prepare(
+    layout: Annotated[
+        str,
+        typer.Argument(
+            help="ml-100k, ml-1m, ml-10m, ml-20m, ml-25m, ml-32m, twitch-100k, reddit, wikipedia, "
+            "csv, parquet, or auto to tell by the file names"
+        ),
+    ],
+    paths: Annotated[list[str], typer.Argument(help="the raw files, their folder or .zip")],
+    out: Annotated[str, typer.Option(help="folder of the prepared data set, any fsspec URL")],
+    user: Annotated[str | None, typer.Option(help="column of users (csv, parquet)")] = None,
+    item: Annotated[str | None, typer.Option(help="column of items (csv, parquet)")] = None,
+    timestamp: Annotated[str | None, typer.Option(help="column of timestamps")] = None,
+    timestamp_unit: Annotated[Unit | None, typer.Option(help="of the timestamps")] = None,
+    delimiter: Annotated[str, typer.Option(help="between columns (csv)")] = ",",
+    header: Annotated[bool, typer.Option(help="the first line names the columns (csv)")] = True,
+    user_ids: Annotated[IdKind | None, typer.Option(help="default: tell by the values")] = None,
+    item_ids: Annotated[IdKind | None, typer.Option(help="default: tell by the values")] = None,
+    name: Annotated[str | None, typer.Option(help="for reports; default: the layout")] = None,
+    validation_fraction: Annotated[str, typer.Option(help="of the events")] = "0.1",
+    test_fraction: Annotated[str, typer.Option(help="of the events, the last ones")] = "0.1",
+    memory_limit: Annotated[str, typer.Option(help="of the sort; the rest spills")] = "2GB",
+    temp_dir: Annotated[str | None, typer.Option(help="where it spills")] = None,
+    overwrite: Annotated[bool, typer.Option(help="replace a prepared data set at --out")] = False,
+) -> None:
+    """Turn raw interactions into a prepared data set."""
+    from felrec_dist.data.prepare import prepare as prepare_dataset
+    from felrec_dist.data.sources import RawSource
+
+    named = {"--user": user, "--item": item, "--timestamp": timestamp}
+    if layout in ("csv", "parquet"):
+        missing = [option for option, value in named.items() if value is None]
+        if missing or user is None or item is None or timestamp is None:
+            raise ConfigError(
+                f"a {layout} file has columns of its own",
+                where="felrec prepare",
+                got=f"no {', '.join(missing)}",
+                expected="--user, --item and --timestamp with the names of the columns",
+            )
+    elif any(value is not None for value in named.values()):
+        raise ConfigError(
+            f"the columns of {layout} are known",
+            where="felrec prepare",
+            got=", ".join(option for option, value in named.items() if value is not None),
+            remedy="leave these options out, or prepare the file as csv or parquet",
+        )
+    if layout == "csv":
+        assert user is not None and item is not None and timestamp is not None  # noqa: PT018
+        if timestamp_unit is None:
+            raise ConfigError(
+                "text does not tell the unit of its timestamps",
+                where="felrec prepare",
+                expected="--timestamp-unit s, ms, us or iso",
+            )
+        source = RawSource.csv(
+            *paths,
+            user=user if header else _column_number(user),
+            item=item if header else _column_number(item),
+            timestamp=timestamp if header else _column_number(timestamp),
+            timestamp_unit=timestamp_unit,
+            delimiter=delimiter.replace("\\t", "\t"),
+            has_header=header,
+            user_ids=user_ids,
+            item_ids=item_ids,
+        )
+    elif layout == "parquet":
+        assert user is not None and item is not None and timestamp is not None  # noqa: PT018
+        source = RawSource.parquet(
+            *paths,
+            user=user,
+            item=item,
+            timestamp=timestamp,
+            timestamp_unit=timestamp_unit,
+            user_ids=user_ids,
+            item_ids=item_ids,
+        )
+    else:
+        if len(paths) != 1:
+            raise ConfigError(
+                f"{layout} is one file, folder or .zip", where="felrec prepare", got=paths
+            )
+        source = (
+            RawSource.detect(paths[0])
+            if layout == "auto"
+            else RawSource.from_name(layout, paths[0])
+        )
+    with _stages() as report:
+        dataset = prepare_dataset(
+            source,
+            out,
+            name=name or source.layout,
+            validation_fraction=validation_fraction,
+            test_fraction=test_fraction,
+            memory_limit=memory_limit,
+            temp_dir=temp_dir,
+            overwrite=overwrite,
+            progress=report,
+        )
+    split = dataset.split
+    typer.echo(
+        f"{dataset.url}: {dataset.num_events:,} events, {dataset.num_users:,} users, "
+        f"{dataset.num_items:,} items; training {len(split.train):,}, "
+        f"validation {len(split.validation):,}, test {len(split.test):,}"
+    )
+
+
+@app.command()
+def download(
+    name: Annotated[str, typer.Argument(help="ml-25m, twitch-100k, reddit, ...")],
+    out: Annotated[Path, typer.Option(help="folder for the file")] = Path("data/raw"),
+) -> None:
+    """Fetch a public data set from its publisher and check it."""
+    from felrec_dist.data.download import PUBLIC_DATASETS
+    from felrec_dist.data.download import download as fetch
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(name, total=None)
+        path = fetch(
+            name, out, progress=lambda done, total: bar.update(task, completed=done, total=total)
+        )
+    typer.echo(f"{path}")
+    typer.echo(f"read before use: {PUBLIC_DATASETS[name].page}")
+    typer.echo(f"next: felrec prepare {name} {path} --out data/{name}")
+
+
+@app.command()
+def synthesize(
+    out: Annotated[Path, typer.Argument(help="the Parquet file to write")],
+    num_events: Annotated[int, typer.Option(help="exact")] = 100_000,
+    num_users: Annotated[int, typer.Option(help="the population")] = 3_000,
+    num_items: Annotated[int, typer.Option(help="the population")] = 2_000,
+    seed: Annotated[int, typer.Option(help="the same seed, the same file")] = 0,
+    num_tastes: Annotated[int, typer.Option(help="latent groups of items")] = 20,
+    taste_strength: Annotated[float, typer.Option(help="how often taste decides, 0 to 1")] = 0.75,
+    popularity_skew: Annotated[float, typer.Option(help="exponent of Zipf's law")] = 0.8,
+    days: Annotated[float, typer.Option(help="from the first event to the last")] = 365.0,
+) -> None:
+    """Write synthetic interactions: users and items keep arriving, popularity is skewed and ages."""
+    from felrec_dist.data.synthetic import SyntheticConfig
+    from felrec_dist.data.synthetic import synthesize as write
+
+    config = SyntheticConfig(
+        num_events=num_events,
+        num_users=num_users,
+        num_items=num_items,
+        seed=seed,
+        num_tastes=num_tastes,
+        taste_strength=taste_strength,
+        popularity_skew=popularity_skew,
+        days=days,
+    )
+    with _stages() as report:
+        path = write(out, config, lambda done, total: report("generating", done, total))
+    typer.echo(f"{path}")
+    typer.echo(
+        f"next: felrec prepare parquet {path} --user user --item item --timestamp timestamp "
+        "--timestamp-unit ms --out data/synthetic"
+    )
+
+
+@app.command()
+def train(
+    config: Annotated[str, typer.Argument(help="a YAML file; see configs/")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value, as training.seed=1")
+    ] = None,
+    local: Annotated[
+        bool, typer.Option("--local", help="one process, the cache in process, no Ray")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="go on from the run's newest checkpoint")
+    ] = False,
+) -> None:
+    """Train, validate after each epoch, and test the best epoch."""
+    from felrec_dist.config import load_config
+    from launch.progress import TerminalProgress
+
+    experiment = load_config(config, overrides or [])
+    console = Console()
+    with TerminalProgress(console) as progress:
+        if local:
+            from launch import local as here
+
+            here.train(experiment, resume=resume, progress=progress)
+        else:
+            from launch import on_ray
+
+            on_ray.run(experiment, on_ray.Job(resume=resume), progress)
+    _print_report(console, experiment, experiment.evaluation.protocol)
+    console.print(f"run folder: {experiment.run.url}", highlight=False, soft_wrap=True)
+    console.print(
+        f"TensorBoard: tensorboard --logdir {experiment.run.url}/tensorboard",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+@app.command()
+def evaluate(
+    config: Annotated[str, typer.Argument(help="the run's config.yaml, or the file in configs/")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value")] = None,
+    checkpoint: Annotated[
+        str, typer.Option(help="a folder such as <run>/checkpoints/epoch-0003")
+    ] = "",
+    protocol: Annotated[
+        Literal["causal", "released"] | None, typer.Option(help="default: the config's")
+    ] = None,
+    local: Annotated[bool, typer.Option("--local", help="one process, no Ray")] = False,
+) -> None:
+    """Test a checkpoint: its weights, and its cache as it was after the validation."""
+    from felrec_dist.config import load_config
+    from launch.progress import TerminalProgress
+
+    if not checkpoint:
+        raise ConfigError(
+            "no checkpoint is given", where="felrec evaluate", expected="--checkpoint FOLDER"
+        )
+    experiment = load_config(config, overrides or [])
+    chosen = protocol or experiment.evaluation.protocol
+    console = Console()
+    with TerminalProgress(console) as progress:
+        if local:
+            from launch import local as here
+
+            here.evaluate(experiment, checkpoint_url=checkpoint, protocol=chosen, progress=progress)
+        else:
+            from launch import on_ray
+
+            job = on_ray.Job(checkpoint_url=checkpoint, protocol=chosen)
+            on_ray.run(experiment, job, progress)
+    _print_report(console, experiment, chosen)
+
+
+def _print_report(
+    console: Console, experiment: ExperimentConfig, protocol: Literal["causal", "released"]
+) -> None:
+    from felrec_dist.evaluation.result import metrics_table
+    from felrec_dist.training.run import read_report, report_url
+
+    report = read_report(experiment, protocol)
+    if report.last_epoch_loss is not None and report.chance_loss is not None:
+        console.print(
+            f"training loss of the last epoch {report.last_epoch_loss:.3f}, "
+            f"chance {report.chance_loss:.3f}",
+            highlight=False,
+        )
+    caption = "rank: 0 best, 1 worst, 0.5 chance" + (
+        "" if protocol == "causal" else "; most popular: causal protocol"
+    )
+    console.print(
+        metrics_table(
+            f"test, {protocol} protocol, epoch {report.epoch + 1}",
+            report.rows,
+            k=report.k,
+            caption=caption,
+        )
+    )
+    console.print(
+        f"{report_url(experiment, protocol)}.json, .parquet", highlight=False, soft_wrap=True
+    )
+
+
+def _column_number(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ConfigError(
+            "a file without a header has no column names",
+            where="felrec prepare --no-header",
+            got=text,
+            expected="a column number, from 0",
+        ) from None
+
+
+class _Stages:
+    """A bar for each stage of a preparation."""
+
+    def __init__(self, bar: Progress) -> None:
+        self.bar = bar
+        self.tasks: dict[str, object] = {}
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if stage not in self.tasks:
+            self.tasks[stage] = self.bar.add_task(stage, total=total)
+        self.bar.update(self.tasks[stage], completed=done, total=total)  # type: ignore[arg-type]
+
+
+@contextmanager
+def _stages() -> Iterator[_Stages]:
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        yield _Stages(bar)

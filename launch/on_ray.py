@@ -1,0 +1,263 @@
+"""W workers under Ray Train and S shard actors, on a cluster or a local Ray.
+
+The driver creates the shards first and hands their handles to the workers. It needs no GPU and holds no data.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import ray.exceptions
+import ray.train
+import ray.train.torch
+import torch
+
+from cache_server import CacheClient
+from cache_server.ray_transport import (
+    RayTransport,
+    ShardHandles,
+    create_shard_actors,
+    destroy_shard_actors,
+)
+from felrec_dist.config import ExperimentConfig, parse_config
+from felrec_dist.errors import ConfigError, FelrecError, TrainingError
+from felrec_dist.evaluation.evaluator import Protocol
+from felrec_dist.training.run import run_evaluation, run_training
+from felrec_dist.training.trainer import Progress
+from felrec_dist.training.world import World
+
+REPORT_INTERVAL_S = 0.5
+STOP_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the workers do: train, or test a checkpoint."""
+
+    resume: bool = False
+    checkpoint_url: str | None = None
+    protocol: Protocol = "causal"
+
+
+def run(config: ExperimentConfig, job: Job, progress: Progress) -> None:
+    """Runs the job on the cluster that RAY_ADDRESS names, or on a local Ray that it starts and stops.
+
+    Raises:
+        ConfigError: the cluster has too few CPUs or GPUs.
+        FelrecError: what a worker raised.
+        TrainingError: a worker died, or raised anything else.
+    """
+    with _ray(config):
+        _check_resources(config)
+        shards = create_shard_actors(
+            config.cache.tables(config.model.encoder.width),
+            num_shards=config.cache.num_shards,
+            block_rows=config.cache.block_rows,
+            timeout_s=config.cluster.start_timeout_s,
+        )
+        board = ProgressBoard.remote()
+        try:
+            with _shown(board, progress):
+                _fit(config, job, shards, board)
+        finally:
+            destroy_shard_actors(shards)
+            ray.kill(board)
+
+
+def _fit(config: ExperimentConfig, job: Job, shards: ShardHandles, board: Any) -> None:
+    cluster = config.cluster
+    use_gpu = cluster.gpus_per_worker > 0
+    resources = {"CPU": cluster.cpus_per_worker}
+    if use_gpu:
+        resources["GPU"] = cluster.gpus_per_worker
+    trainer = ray.train.torch.TorchTrainer(
+        _work,
+        train_loop_config={
+            "config": config.model_dump(mode="json"),
+            "job": job,
+            "shards": shards,
+            "board": board,
+        },
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=cluster.num_workers, use_gpu=use_gpu, resources_per_worker=resources
+        ),
+        torch_config=ray.train.torch.TorchConfig(
+            backend="nccl" if use_gpu else "gloo", timeout_s=int(cluster.start_timeout_s)
+        ),
+        run_config=ray.train.RunConfig(failure_config=ray.train.FailureConfig(max_failures=0)),
+    )
+    try:
+        trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        raise _cause(error) from error
+
+
+def _cause(error: Exception) -> FelrecError:
+    """Returns our own error of the lowest rank that raised one, else one that tells what Ray said."""
+    failures: Mapping[int, BaseException] = getattr(error, "worker_failures", {})
+    for _, failure in sorted(failures.items()):
+        seen: BaseException | None = failure
+        while seen is not None:
+            if isinstance(seen, FelrecError):
+                return seen
+            seen = (
+                getattr(seen, "_base_exc", None) or getattr(seen, "cause", None) or seen.__cause__
+            )
+    ranks = ", ".join(str(rank) for rank in sorted(failures)) or "unknown"
+    return TrainingError(
+        "a worker failed",
+        where=f"rank {ranks}",
+        got=error,
+        remedy="the last checkpoint is intact: run again with --resume",
+    )
+
+
+def _work(task: dict[str, Any]) -> None:
+    """The body of each worker."""
+    config = parse_config(task["config"], where="driver")
+    job: Job = task["job"]
+    client = CacheClient(RayTransport(task["shards"]), timeout_s=config.cache.timeout_s)
+    world = World.current(ray.train.torch.get_device())
+    if world.device.type == "cpu":
+        torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
+    progress = BoardProgress(task["board"])
+    try:
+        if job.checkpoint_url is None:
+            run_training(config, client, world, resume=job.resume, progress=progress)
+        else:
+            run_evaluation(
+                config,
+                client,
+                world,
+                checkpoint_url=job.checkpoint_url,
+                protocol=job.protocol,
+                progress=progress,
+            )
+    finally:
+        progress.flush()
+        client.close()
+
+
+@contextmanager
+def _ray(config: ExperimentConfig) -> Iterator[None]:
+    """Joins the cluster at hand, or starts a local Ray of the size the run asks for and stops it."""
+    if ray.is_initialized():
+        yield
+        return
+    if not os.environ.get("RAY_ADDRESS"):
+        # A local Ray would otherwise make an authentication token, which other clusters then ask for.
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    # Ray Train prints where its own folder is; ours is run.url.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS", "0")
+    ray.init(
+        address=os.environ.get("RAY_ADDRESS") or "local",
+        include_dashboard=False if not os.environ.get("RAY_ADDRESS") else None,
+        log_to_driver=True,
+        logging_level="warning",
+    )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _check_resources(config: ExperimentConfig) -> None:
+    cluster = config.cluster
+    have = ray.cluster_resources()
+    need = {
+        "CPU": cluster.num_workers * cluster.cpus_per_worker,
+        "GPU": cluster.num_workers * cluster.gpus_per_worker,
+    }
+    for name, amount in need.items():
+        if amount > have.get(name, 0.0):
+            raise ConfigError(
+                f"the cluster has too few {name}s",
+                where="Ray cluster",
+                got=f"{have.get(name, 0.0):g} {name}",
+                expected=f"{amount:g} for {cluster.num_workers} workers",
+                remedy="lower cluster.num_workers, or cluster.cpus_per_worker and gpus_per_worker, "
+                "or use --local",
+            )
+
+
+@ray.remote(num_cpus=0, max_restarts=0)
+class ProgressBoard:
+    """Carries the first rank's reports to the driver."""
+
+    def __init__(self) -> None:
+        self.reports: list[tuple[Any, ...]] = []
+
+    def post(self, reports: list[tuple[Any, ...]]) -> None:
+        self.reports += reports
+
+    def take(self) -> list[tuple[Any, ...]]:
+        taken, self.reports = self.reports, []
+        return taken
+
+
+class BoardProgress:
+    """Reports of a worker, sent at most every half second."""
+
+    def __init__(self, board: Any) -> None:
+        self.board = board
+        self._waiting: list[tuple[Any, ...]] = []
+        self._sent = 0.0
+
+    def begin(self, stage: str, num_events: int) -> None:
+        self._add(("begin", stage, num_events))
+
+    def advance(self, num_events: int, facts: Mapping[str, float]) -> None:
+        self._add(("advance", num_events, {name: float(value) for name, value in facts.items()}))
+
+    def say(self, line: str) -> None:
+        self._add(("say", line))
+
+    def _add(self, report: tuple[Any, ...]) -> None:
+        self._waiting.append(report)
+        if time.monotonic() - self._sent >= REPORT_INTERVAL_S:
+            self._send()
+
+    def _send(self) -> Any:
+        sent, self._waiting = self._waiting, []
+        self._sent = time.monotonic()
+        return self.board.post.remote(sent)
+
+    def flush(self) -> None:
+        """Waits, with a limit, until the last reports have arrived."""
+        if self._waiting:
+            ray.wait([self._send()], timeout=STOP_TIMEOUT_S)
+
+
+@contextmanager
+def _shown(board: Any, progress: Progress) -> Iterator[None]:
+    """Draws what the board holds while the body runs."""
+    stop = threading.Event()
+
+    def draw() -> None:
+        for name, *facts in ray.get(board.take.remote(), timeout=STOP_TIMEOUT_S):
+            getattr(progress, name)(*facts)
+
+    def watch() -> None:
+        while not stop.wait(REPORT_INTERVAL_S):
+            try:
+                draw()
+            except (ray.exceptions.RayError, TimeoutError):
+                return  # the run's own error says more
+
+    thread = threading.Thread(target=watch, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield
+        stop.set()
+        thread.join(STOP_TIMEOUT_S)
+        draw()
+    finally:
+        stop.set()
+        thread.join(STOP_TIMEOUT_S)
