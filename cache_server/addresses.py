@@ -1,7 +1,8 @@
 """From an address to an array inside compiled code.
 
-The index is many sub-tables and a table is many blocks, each its own allocation. A kernel reaches all of them through one int64
-array of their addresses; numba's typed lists would do it too, but every process would compile them anew, for seconds.
+The index is many sub-tables and a table is many blocks, each its own allocation. A kernel reaches
+all of them through one int64 array of their addresses; numba's typed lists would do it too, but
+every process would compile them anew, for seconds.
 
 Whoever passes an address keeps the array behind it alive: nothing here owns memory.
 """

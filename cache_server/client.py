@@ -1,11 +1,14 @@
-"""The cache as a worker sees it: fetch rows, write rows back, whatever the number of shards and wherever they are.
+"""The cache as a worker sees it: fetch rows, write rows back, whatever the number of shards and
+wherever they are.
 
-A step is: ``fetch`` for every id that the step reads, then ``write_back`` of every row it made. Many clients work on one cache; for
-every step and shard exactly one of them sends a message, so that the shard knows when it has everything.
+A step is: ``fetch`` for every id that the step reads, then ``write_back`` of every row it made.
+Many clients work on one cache; for every step and shard exactly one of them sends a message, so
+that the shard knows when it has everything.
 
-Generations. The cache is emptied or restored by one client, with ``clear`` or ``restore``, under a number that all of them know;
-each of the others calls ``begin_generation`` with it. A fetch waits until its generation has begun; writes need the fetch
-or a barrier before them. What is left of an older generation is dropped by the shards.
+Generations. The cache is emptied or restored by one client, with ``clear`` or ``restore``, under a
+number that all of them know; each of the others calls ``begin_generation`` with it. A fetch waits
+until its generation has begun; writes need the fetch or a barrier before them. What is left of an
+older generation is dropped by the shards.
 """
 
 from __future__ import annotations
@@ -37,19 +40,23 @@ from cache_server.transport import Pending, Reply, Transport
 # Enough to hide a write behind the next step; more would only hide a shard that cannot keep up.
 _MAX_OUTSTANDING_STEPS = 2
 
-# A shard that gives up a wait says why. Its answer gets this long before the client gives up too, and can say less.
+# A shard that gives up a wait says why. Its answer gets this long before the client gives up too,
+# and can say less.
 _ANSWER_GRACE_S = 2.0
 _FENCE_QUESTION_S = 1.0
 
 
 @dataclass
 class CacheCounters:
-    """What a client moved since it was made; bytes are those of keys, versions and rows as they are sent.
+    """What a client moved since it was made; bytes are those of keys, versions and rows as they are
+    sent.
 
     Args:
-        fetches, fetch_messages, fetched_rows, fetched_bytes: calls of ``fetch``, messages to shards, ids, bytes.
+        fetches, fetch_messages, fetched_rows, fetched_bytes: calls of ``fetch``, messages to
+            shards, ids, bytes.
         fetch_wait_s: seconds from the sending of the requests to the last answer.
-        writes, write_messages, written_rows, written_bytes: calls of ``write_back``, messages to shards, rows, bytes.
+        writes, write_messages, written_rows, written_bytes: calls of ``write_back``, messages to
+            shards, rows, bytes.
         write_wait_s: seconds spent waiting for acknowledgements.
     """
 
@@ -66,12 +73,14 @@ class CacheCounters:
 
 
 class CacheClient:
-    """One worker's access to the cache. Not for several threads at once: each makes its own, over the same shards.
+    """One worker's access to the cache. Not for several threads at once: each makes its own, over
+    the same shards.
 
     Args:
         transport: the way to the shards.
         timeout_s: the limit of every wait of a fetch, write, clear or statistics.
-        snapshot_timeout_s: the limit of a snapshot, restore or digest, which take as long as all rows take.
+        snapshot_timeout_s: the limit of a snapshot, restore or digest, which take as long as all
+            rows take.
     """
 
     def __init__(
@@ -126,13 +135,14 @@ class CacheClient:
             keys: by name of the table, int64 (M,); distinct, or rows travel twice.
 
         Returns:
-            By table, rows (M, D) in the order of the keys, in the compute type (float64 for float64, else float32), zeros
-            for ids never written; and which ids were ever written.
+            By table, rows (M, D) in the order of the keys, in the compute type (float64 for
+            float64, else float32), zeros for ids never written; and which ids were ever written.
 
         Raises:
             CacheTimeoutError: the writes did not come, or a shard did not answer, in time.
             ShardLostError: a shard died.
-            CacheError: an unknown table, other keys than int64 (M,), or an earlier write of this client failed.
+            CacheError: an unknown table, other keys than int64 (M,), or an earlier write of this
+                client failed.
         """
         self._reap()
         parts = {name: self._partition(name, table_keys) for name, table_keys in keys.items()}
@@ -157,15 +167,17 @@ class CacheClient:
     ) -> None:
         """Sends the rows that ``step`` made, and returns before they are acknowledged.
 
-        Sends exactly one message to each of ``shards``, with or without rows: that is what moves the shard's fence. At most two
-        steps are outstanding; an error of an earlier write is raised here.
+        Sends exactly one message to each of ``shards``, with or without rows: that is what moves
+        the shard's fence. At most two steps are outstanding; an error of an earlier write is raised
+        here.
 
         Args:
             step: the step that made the rows.
-            tables: by name, keys int64 (M,), versions int64 (M,) and rows (M, D) in the compute type. A key may
-                occur several times: its highest version wins. The arrays must not be changed until ``flush``.
-            shards: those that this client writes to in this step; None for all. Rows of other shards are left out: another
-                client sends them.
+            tables: by name, keys int64 (M,), versions int64 (M,) and rows (M, D) in the compute
+                type. A key may occur several times: its highest version wins. The arrays must not
+                be changed until ``flush``.
+            shards: those that this client writes to in this step; None for all. Rows of other
+                shards are left out: another client sends them.
 
         Raises:
             CacheTimeoutError, ShardLostError, CacheError: as ``fetch``.
@@ -201,7 +213,8 @@ class CacheClient:
         """Empties the cache and begins a generation; one client does this, for all.
 
         Args:
-            generation: its number, higher than any before; None for the next. The same number again changes nothing.
+            generation: its number, higher than any before; None for the next. The same number again
+                changes nothing.
             step: the first step of the generation.
 
         Returns:
@@ -226,7 +239,9 @@ class CacheClient:
         self._generation = generation
 
     def digest(self) -> dict[str, int]:
-        """The digest of each table: equal for equal contents, for any number of shards and order of writes."""
+        """The digest of each table: equal for equal contents, for any number of shards and order of
+        writes.
+        """
         self.flush()
         totals = dict.fromkeys(self.tables, 0)
         for reply in self._call_all("digest", self._snapshot_timeout_s):
@@ -242,9 +257,10 @@ class CacheClient:
         """Writes the whole cache under a URL; one client does this.
 
         Args:
-            prefix: of the files, any fsspec URL; settings of the storage come from fsspec's own configuration.
-            step: the step that begins: the snapshot waits for all writes of earlier steps, and refuses if a later one
-                came. None takes the cache as it is.
+            prefix: of the files, any fsspec URL; settings of the storage come from fsspec's own
+                configuration.
+            step: the step that begins: the snapshot waits for all writes of earlier steps, and
+                refuses if a later one came. None takes the cache as it is.
 
         Returns:
             The parts: their list is the manifest, without which the files are nothing.
@@ -270,8 +286,8 @@ class CacheClient:
             step: the step that begins: all writes of earlier steps are in the snapshot.
 
         Raises:
-            SnapshotError: parts are missing (nothing was changed), or one cannot be used (the cache serves nothing until it is
-                restored or cleared).
+            SnapshotError: parts are missing (nothing was changed), or one cannot be used (the cache
+                serves nothing until it is restored or cleared).
             CacheTimeoutError, ShardLostError: as ``fetch``.
         """
         check_parts(parts, self.tables)
@@ -380,7 +396,9 @@ class CacheClient:
         return replies
 
     def _raise_errors(self, what: str, replies: Sequence[Reply], timeout_s: float) -> None:
-        """Raises the reply that explains most: a dead shard, else what a shard raised, else silence."""
+        """Raises the reply that explains most: a dead shard, else what a shard raised, else
+        silence.
+        """
         errors = [reply for reply in replies if reply.error is not None]
         for reply in errors:
             if isinstance(reply.error, ConnectionError):
@@ -388,7 +406,7 @@ class CacheClient:
                     f"A cache shard died; it was noticed in a {what}.",
                     where=f"shard {reply.shard} of {self.num_shards}",
                     got=reply.error,
-                    remedy="Its rows are gone: create the shards anew and restore the last checkpoint.",
+                    remedy="Create the shards anew and restore the last checkpoint.",
                 ) from reply.error
         for reply in errors:
             if reply.error is not None and not reply.is_missing:
@@ -408,7 +426,7 @@ class CacheClient:
                 for answer in answers
             ),
             expected=f"an answer in generation {self._generation}",
-            remedy="Look at the load of the shards' nodes and at the network, or raise the time-out.",
+            remedy="Look at the load of the shards' nodes and the network; or wait longer.",
         )
 
 

@@ -1,7 +1,7 @@
 """The root of all errors, and the errors of the cache.
 
-They stand here because ``felrec_dist`` knows ``cache_server`` and never the reverse; the whole tree is drawn in
-``felrec_dist/errors.py``.
+They stand here because ``felrec_dist`` knows ``cache_server`` and never the reverse; the whole tree
+is drawn in ``felrec_dist/errors.py``.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
 """From a key to its bucket and its shard: pure functions, the same in every process for ever.
 
-key -> 64-bit hash -> one of 4,096 fixed buckets -> the shard that owns the bucket. A shard owns a contiguous range of
-buckets, so the same keys can be dealt to any number of shards without hashing anything anew, and a snapshot written per
-range restores into any number of ranges.
+key -> 64-bit hash -> one of 4,096 fixed buckets -> the shard that owns the bucket. A shard owns a
+contiguous range of buckets, so the same keys can be dealt to any number of shards without hashing
+anything anew, and a snapshot written per range restores into any number of ranges.
 """
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 from numba import njit
@@ -19,10 +19,13 @@ Int32s: TypeAlias = NDArray[np.int32]
 Int64s: TypeAlias = NDArray[np.int64]
 UInt64s: TypeAlias = NDArray[np.uint64]
 
+_Scalar = TypeVar("_Scalar", bound=np.generic)
+
 NUM_BUCKETS = 4096
 """Fixed for ever: it is part of what a snapshot means. Also the largest number of shards."""
 
-# The top 12 bits name the bucket. All keys of a shard share some of them, so the id index uses the other bits.
+# The top 12 bits name the bucket. All keys of a shard share some of them, so the id index uses the
+# other bits.
 _BUCKET_SHIFT = np.uint64(52)
 
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
@@ -85,9 +88,11 @@ def _partition(keys, shard_of_bucket, num_shards):  # type: ignore[no-untyped-de
     return order, offsets
 
 
-def read_only(keys: Int64s) -> Int64s:
-    """A read-only view. Numba compiles a kernel once more for arrays that happen to be writable: one kind is enough."""
-    view = keys.view()
+def read_only(array: NDArray[_Scalar]) -> NDArray[_Scalar]:
+    """A read-only view. Numba compiles a kernel once more for arrays that happen to be writable:
+    one kind is enough.
+    """
+    view = array.view()
     view.flags.writeable = False
     return view
 
@@ -132,8 +137,9 @@ def partition(keys: Int64s, num_shards: int) -> tuple[Int64s, Int64s]:
     """Groups keys by shard, stably: one counting sort, no loop in Python.
 
     Returns:
-        ``order`` (M,), such that ``keys[order]`` is grouped by shard, and ``offsets`` (num_shards + 1,), such that
-        ``order[offsets[s]:offsets[s + 1]]`` are the positions of the keys of shard s.
+        ``order`` (M,), such that ``keys[order]`` is grouped by shard, and ``offsets`` (num_shards +
+        1,), such that ``order[offsets[s]:offsets[s + 1]]`` are the positions of the keys of shard
+        s.
     """
     order, offsets = _partition(read_only(keys), shard_of_buckets(num_shards), num_shards)
     return order, offsets

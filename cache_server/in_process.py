@@ -1,4 +1,6 @@
-"""Shards in the client's own process: no Ray, no copy on the wire. For one worker, for tests, and as the measure of speed."""
+"""Shards in the client's own process: no Ray, no copy on the wire. For one worker, for tests, and
+as the measure of speed.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,7 @@ class InProcessTransport:
         return len(self._services)
 
     def submit(self, shard: int, method: str, *args: object) -> Pending:
-        """Calls the method now; what it raises is kept for ``wait``, as with a call that travels."""
+        """Calls the method now; what it raises is kept for ``wait``, as if the call travelled."""
         try:
             return Pending(shard, Reply(shard, getattr(self._services[shard], method)(*args)))
         except Exception as error:

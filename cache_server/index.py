@@ -1,11 +1,13 @@
 """The id index: int64 key -> int32 row number, compiled, without a Python object per key.
 
-Open addressing with linear probing, in 256 sub-tables. Each doubles on its own, and their capacities are staggered over a factor
-of two, so the doublings are spread evenly over the growth and each moves 1/256 of the keys: there is no pause.
+Open addressing with linear probing, in 256 sub-tables. Each doubles on its own, and their
+capacities are staggered over a factor of two, so the doublings are spread evenly over the growth
+and each moves 1/256 of the keys: there is no pause.
 
-A slot is three int32 words: the key's low half, its high half, and row + 1. Zero in the third word means empty, so every int64
-is a valid key and fresh memory is an empty table. A slot lies in one cache line more often than not, and costs 12 bytes; filled
-to between 3/8 and 3/4, that is 23 bytes a key on average.
+A slot is three int32 words: the key's low half, its high half, and row + 1. Zero in the third word
+means empty, so every int64 is a valid key and fresh memory is an empty table. A slot lies in one
+cache line more often than not, and costs 12 bytes; filled to between 3/8 and 3/4, that is 23 bytes
+a key on average.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ from cache_server.hashing import Int32s, Int64s, mix, read_only
 MAX_ROWS = 2**31 - 2
 """A slot holds row + 1 in an int32."""
 
-# Which bits of the hash mean what: 0-7 the sub-table, 8-39 the first slot to look at, 52-63 the bucket (hashing.py).
+# Which bits of the hash mean what: 0-7 the sub-table, 8-39 the first slot to look at, 52-63 the
+# bucket (hashing.py).
 _NUM_SUB_TABLES = 256
 _SUB_TABLE_MASK = np.uint64(_NUM_SUB_TABLES - 1)
 _SLOT_SHIFT = np.uint64(8)
@@ -60,7 +63,9 @@ def _lookup(keys, addresses, capacities):  # type: ignore[no-untyped-def]
 
 @njit(nogil=True, cache=True)
 def _insert(keys, start, rows, addresses, capacities, sizes, num_rows):  # type: ignore[no-untyped-def]
-    """Inserts ``keys[start:]`` until one meets a full sub-table; returns where it stopped, and the rows so far."""
+    """Inserts ``keys[start:]`` until one meets a full sub-table; returns where it stopped, and the
+    rows so far.
+    """
     for i in range(start, keys.size):
         hash_ = mix(keys[i])
         low = np.int32(keys[i])
@@ -135,10 +140,11 @@ class IdIndex:
     def __init__(self, max_rows: int = MAX_ROWS) -> None:
         self.max_rows = max_rows
         self._num_rows = 0
-        # 16, 16.04, 16.09, ... 31.9: any number of keys finds the sub-tables evenly spread between two doublings.
+        # 16, 16.04, 16.09, ... 31.9: any number of keys finds the sub-tables evenly spread between
+        # two doublings.
         steps = np.arange(_NUM_SUB_TABLES) / _NUM_SUB_TABLES
         self._capacities = (_SMALLEST_CAPACITY * 2.0**steps).astype(np.int64)
-        # Truncation would make groups of equal capacity; they part again because doubling multiplies a finer start.
+        # Truncated, many of these are equal; doubling the exact values parts them again.
         self._fine_capacities = _SMALLEST_CAPACITY * 2.0**steps
         self._sizes = np.zeros(_NUM_SUB_TABLES, np.int64)
         self._sub_tables = [_empty_slots(int(capacity)) for capacity in self._capacities]
@@ -157,7 +163,8 @@ class IdIndex:
         return _lookup(read_only(keys), self._addresses, self._capacities)
 
     def insert(self, keys: Int64s) -> Int32s:
-        """The row of each key, (M,); new keys get the next row numbers in the order of their first appearance.
+        """The row of each key, (M,); new keys get the next row numbers in the order of their first
+        appearance.
 
         Raises:
             CacheError: more than ``max_rows`` keys; nothing was inserted.
@@ -182,7 +189,9 @@ class IdIndex:
             self._double(full)
 
     def items(self, chunk_rows: int = 65_536) -> Iterator[tuple[Int64s, Int32s]]:
-        """All (keys, rows) in chunks of at most ``chunk_rows``, in no order; the index must not change meanwhile."""
+        """All (keys, rows) in chunks of at most ``chunk_rows``, in no order; the index must not
+        change meanwhile.
+        """
         sub, slot = 0, 0
         while sub < _NUM_SUB_TABLES:
             keys = np.empty(chunk_rows, np.int64)

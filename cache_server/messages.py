@@ -1,4 +1,6 @@
-"""What travels between a client and a shard. NumPy only: a message looks the same in process and on the wire."""
+"""What travels between a client and a shard. NumPy only: a message looks the same in process and on
+the wire.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,8 @@ class TableWrite:
 
     Args:
         keys: int64 (M,), duplicates welcome.
-        versions: int64 (M,), at least 0: the position in the total order of the event that made the row.
+        versions: int64 (M,), at least 0: the position in the total order of the event that made the
+            row.
         rows: (M, D) in the storage type.
     """
 
@@ -70,7 +73,8 @@ class TableWrite:
 
 @dataclass(frozen=True)
 class WriteBatch:
-    """Everything one shard receives for one step: exactly one message a shard and step, with or without rows.
+    """Everything one shard receives for one step: exactly one message a shard and step, with or
+    without rows.
 
     Args:
         generation: counts how often the cache was emptied or restored.
@@ -103,7 +107,8 @@ class FetchedRows:
     """The answer for one table, in the order of the keys.
 
     Args:
-        rows: (M, D), zeros for ids never written. From a shard in the storage type, from a client in the compute type.
+        rows: (M, D), zeros for ids never written. From a shard in the storage type, from a client
+            in the compute type.
         found: bool (M,), whether the id was ever written.
     """
 
@@ -113,7 +118,9 @@ class FetchedRows:
 
 @dataclass(frozen=True)
 class Fence:
-    """How far a shard is: all writes of ``generation`` through step ``received_step`` were received."""
+    """How far a shard is: all writes of ``generation`` through step ``received_step`` were
+    received.
+    """
 
     generation: int
     received_step: int
@@ -134,7 +141,8 @@ class TableStats:
         num_rows: ids held.
         row_bytes: bytes of one row in memory, its padding included.
         index_bytes: bytes allocated for the id index.
-        nbytes: bytes allocated in all; the system commits a block's pages as they are first written.
+        nbytes: bytes allocated in all; the system commits a block's pages as they are first
+            written.
     """
 
     num_rows: int

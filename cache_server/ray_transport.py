@@ -1,7 +1,8 @@
 """Shards as Ray actors. The only module of the package that imports Ray.
 
-The driver creates the actors and hands the handles to the workers; each worker makes its own ``RayTransport`` of them. An
-actor is never restarted by Ray: it would come back empty and answer as if nothing had happened.
+The driver creates the actors and hands the handles to the workers; each worker makes its own
+``RayTransport`` of them. An actor is never restarted by Ray: it would come back empty and answer as
+if nothing had happened.
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ from cache_server.shard import DEFAULT_BLOCK_ROWS, CacheShard
 from cache_server.snapshot import SnapshotPart
 from cache_server.transport import Pending, Reply
 
-# A fetch that waits for the fence holds its thread. Writes have threads of their own, or the fetches would wait for ever; the
-# fence is asked for when something hangs, so it must not queue behind anything.
+# A fetch that waits for the fence holds its thread. Writes have threads of their own, or the
+# fetches would wait for ever; the fence is asked for when something hangs, so it must not queue
+# behind anything.
 _WRITE_THREADS = 2
 _CONTROL_THREADS = 2
 _FENCE_THREADS = 1
@@ -128,11 +130,14 @@ def create_shard_actors(
         tables: what each table holds, by name.
         num_shards: one or two a node are best: every shard adds a call to every fetch.
         num_cpus: what each shard reserves.
-        memory_bytes: what each shard reserves, so that Ray spreads shards by memory; 0 reserves nothing.
-        fetch_threads: at least the number of clients times the fetches each has in flight; waiting fetches hold a thread.
+        memory_bytes: what each shard reserves, so that Ray spreads shards by memory; 0 reserves
+            nothing.
+        fetch_threads: at least the number of clients times the fetches each has in flight; waiting
+            fetches hold a thread.
         block_rows: rows in a block of a table, a power of two.
-        placement_strategy: "SPREAD", "STRICT_SPREAD", "PACK" or "STRICT_PACK" puts the shards in a placement group of their
-            own, which needs ``num_cpus`` or ``memory_bytes``; None lets Ray place each.
+        placement_strategy: "SPREAD", "STRICT_SPREAD", "PACK" or "STRICT_PACK" puts the shards in a
+            placement group of their own, which needs ``num_cpus`` or ``memory_bytes``; None lets
+            Ray place each.
         name: names the actors ``<name>-0``, ``<name>-1``, ... ; None leaves them without.
         namespace: the Ray namespace of the names.
         timeout_s: the limit for all of them to start.
@@ -147,7 +152,15 @@ def create_shard_actors(
     group = None
     if placement_strategy is not None:
         group = placement_group([bundle] * num_shards, strategy=placement_strategy)
-    remote_class = ray.remote(ShardActor)
+    # Ray takes groups of threads only with the class, not among the options of an actor.
+    remote_class = ray.remote(
+        concurrency_groups={
+            "fetch": fetch_threads,
+            "write": _WRITE_THREADS,
+            "control": _CONTROL_THREADS,
+            "fence": _FENCE_THREADS,
+        }
+    )(ShardActor)
     actors = []
     for shard in range(num_shards):
         options: dict[str, Any] = {
@@ -155,12 +168,6 @@ def create_shard_actors(
             "memory": memory_bytes or None,
             "max_restarts": 0,
             "max_task_retries": 0,
-            "concurrency_groups": {
-                "fetch": fetch_threads,
-                "write": _WRITE_THREADS,
-                "control": _CONTROL_THREADS,
-                "fence": _FENCE_THREADS,
-            },
         }
         if name is not None:
             options |= {"name": f"{name}-{shard}", "namespace": namespace}
@@ -220,7 +227,8 @@ class RayTransport:
         deadline = time.monotonic() + timeout_s
         replies = {i: p.token for i, p in enumerate(pendings) if isinstance(p.token, Reply)}
         places = {p.token: i for i, p in enumerate(pendings) if not isinstance(p.token, Reply)}
-        # An answer that is an error must not wait for answers that may never come, so they are taken as they arrive.
+        # An answer that is an error must not wait for answers that may never come, so they are
+        # taken as they arrive.
         waiting = list(places)
         while waiting and not any(reply.error for reply in replies.values()):
             remaining_s = max(0.0, deadline - time.monotonic())

@@ -1,14 +1,15 @@
-"""The shell around a shard: who may touch it when, and for how long one waits. It holds no decision about data.
+"""The shell around a shard: who may touch it when, and for how long one waits. It holds no decision
+about data.
 
-Fetches run side by side, writes and everything else alone. A fetch that is ahead of the writes waits for them, with a limit;
-writes go before fetches, because fetches wait for writes and never the reverse.
+Fetches run side by side, writes and everything else alone. A fetch that is ahead of the writes
+waits for them, with a limit; writes go before fetches, because fetches wait for writes and never
+the reverse.
 """
 
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from cache_server.errors import CacheError, CacheTimeoutError
@@ -22,7 +23,8 @@ class ShardService:
 
     Args:
         shard: the shard; nobody else may touch it.
-        can_wait: whether other threads write while a fetch waits. If not, a fetch that would wait fails at once.
+        can_wait: whether other threads write while a fetch waits. If not, a fetch that would wait
+            fails at once.
     """
 
     def __init__(self, shard: CacheShard, *, can_wait: bool) -> None:
@@ -69,11 +71,13 @@ class ShardService:
     def snapshot(
         self, prefix: str, generation: int, step: int | None, wait_s: float
     ) -> list[SnapshotPart]:
-        """Writes the shard's tables under ``prefix``; with ``step``, as the cache is when that step begins.
+        """Writes the shard's tables under ``prefix``; with ``step``, as the cache is when that step
+        begins.
 
         Raises:
             CacheTimeoutError: writes of steps before ``step`` did not come within ``wait_s``.
-            CacheError: a write of ``step`` or later came before the snapshot: it is no consistent cut.
+            CacheError: a write of ``step`` or later came before the snapshot: it is no consistent
+                cut.
             SnapshotError: a file cannot be written.
         """
         if step is not None:
@@ -87,7 +91,7 @@ class ShardService:
                     "A snapshot would not be one consistent cut: a write overtook it.",
                     where=f"shard {self._shard.shard}, step {step}",
                     got=f"{self._shard.fence}, later ones too: {not self._shard.is_cut}",
-                    expected=f"generation {generation}, writes through step {step - 1}, no later one",
+                    expected=f"generation {generation}, writes through step {step - 1} only",
                     remedy="Let all ranks wait until the snapshot is written.",
                 )
             return write_snapshot(self._shard, prefix)
@@ -103,7 +107,8 @@ class ShardService:
         """Replaces the tables by the snapshot and begins ``generation`` at ``step``.
 
         Raises:
-            SnapshotError: a part cannot be used; the shard is empty and serves nothing until a restore or clear.
+            SnapshotError: a part cannot be used; the shard is empty and serves nothing until a
+                restore or clear.
         """
         with self._alone("restore", wait_s):
             self._shard.begin_restore()
@@ -112,18 +117,26 @@ class ShardService:
 
     @contextmanager
     def _reading(self, what: str, request: FetchRequest, wait_s: float) -> Iterator[None]:
+        generation, step = request.generation, request.step
+        needs = f"generation {generation}, writes received through step {step - 1}"
+
         def is_ready() -> bool:
-            return (
-                not self._is_writing
-                and not self._num_waiting_to_write
-                and self._shard.is_ready(request.generation, request.step)
-            )
+            is_free = not self._is_writing and not self._num_waiting_to_write
+            return is_free and self._shard.is_ready(generation, step)
 
         with self._changed:
-            needs = (
-                f"generation {request.generation}, writes received through step {request.step - 1}"
-            )
-            self._wait(what, is_ready, wait_s, needs)
+            if not self._can_wait and not self._shard.is_ready(generation, step):
+                raise self._timeout(
+                    f"A {what} came before the writes it needs, and nobody else will send them.",
+                    needs,
+                    "In one process, write back every step before fetching for the next.",
+                )
+            if not self._changed.wait_for(is_ready, wait_s):
+                raise self._timeout(
+                    f"A {what} waited {wait_s} s for the writes it needs.",
+                    needs,
+                    "Look for a rank that died or is slow, or raise the time-out.",
+                )
             self._num_reading += 1
         try:
             yield
@@ -137,12 +150,14 @@ class ShardService:
         with self._changed:
             self._num_waiting_to_write += 1
             try:
-                self._wait(
-                    what,
-                    lambda: not self._is_writing and not self._num_reading,
-                    wait_s,
-                    "no other operation on the shard",
-                )
+                if not self._changed.wait_for(
+                    lambda: not self._is_writing and not self._num_reading, wait_s
+                ):
+                    raise self._timeout(
+                        f"A {what} waited {wait_s} s for other operations on the shard.",
+                        "no snapshot, restore, fetch or write under way",
+                        "Raise the time-out, or take snapshots while nothing else runs.",
+                    )
                 self._is_writing = True
             finally:
                 self._num_waiting_to_write -= 1
@@ -154,19 +169,9 @@ class ShardService:
                 self._is_writing = False
                 self._changed.notify_all()
 
-    def _wait(self, what: str, is_ready: Callable[[], bool], wait_s: float, needs: str) -> None:
-        """Waits, holding the condition, until ``is_ready``."""
-        began = time.monotonic()
-        if is_ready() or (self._can_wait and self._changed.wait_for(is_ready, wait_s)):
-            return
-        waited = f"after {time.monotonic() - began:.1f} s" if self._can_wait else "and cannot wait"
-        remedy = (
-            "Look for a rank that died or is slow, or raise the time-out."
-            if self._can_wait
-            else "In one process nobody else writes: write back every step before fetching for the next."
-        )
-        raise CacheTimeoutError(
-            f"A shard was not ready for a {what}, {waited}.",
+    def _timeout(self, what: str, needs: str, remedy: str) -> CacheTimeoutError:
+        return CacheTimeoutError(
+            what,
             where=f"shard {self._shard.shard} of {self._shard.num_shards}",
             got=self._shard.fence,
             expected=needs,

@@ -1,11 +1,13 @@
 """One shard of the cache: its tables, and how far it is. Pure: no process, no lock, no clock.
 
-Last writer wins. Every row carries the version of its last write, the position of an event in the total order; an older or equal
-version is ignored. So writes commute and repeat harmlessly: the order of arrival, retries and replays cannot change the content.
+Last writer wins. Every row carries the version of its last write, the position of an event in the
+total order; an older or equal version is ignored. So writes commute and repeat harmlessly: the
+order of arrival, retries and replays cannot change the content.
 
-The fence. Each shard receives exactly one message a step, with or without rows, so it knows through which step it has received
-*all* writes. A fetch names the step that begins and is served once all writes of earlier steps are here. It may also see
-writes of that step and of later ones, if their senders did not wait for the fetch: a sender that must not overtake it waits.
+The fence. Each shard receives exactly one message a step, with or without rows, so it knows through
+which step it has received *all* writes. A fetch names the step that begins and is served once all
+writes of earlier steps are here. It may also see writes of that step and of later ones, if their
+senders did not wait for the fetch: a sender that must not overtake it waits.
 """
 
 from __future__ import annotations
@@ -41,7 +43,8 @@ from cache_server.storage import Rows, stored_dtype
 
 DEFAULT_BLOCK_ROWS = 65_536
 
-# A row lies in memory as 64-bit words, padded with zeros: one kernel serves every storage type, and loads are aligned.
+# A row lies in memory as 64-bit words, padded with zeros: one kernel serves every storage type, and
+# loads are aligned.
 _WORD_BYTES = 8
 
 _NEVER_WRITTEN = -1
@@ -101,7 +104,8 @@ def _digest(keys, versions, words):  # type: ignore[no-untyped-def]
     total = np.uint64(0)
     lanes = np.empty(4, np.uint64)
     for i in range(keys.size):
-        # The seed makes equal bytes under other keys or versions another row; four lanes let the multiplications overlap.
+        # The seed makes equal bytes under other keys or versions another row; four lanes let the
+        # multiplications overlap.
         seed = mix(mix(keys[i]) ^ np.uint64(versions[i]))
         for lane in range(4):
             lanes[lane] = seed + np.uint64(lane) * _PRIME_1
@@ -117,7 +121,8 @@ def _digest(keys, versions, words):  # type: ignore[no-untyped-def]
 
 
 def rows_digest(keys: Int64s, versions: Int64s, rows: Rows) -> int:
-    """The sum modulo 2^64 over rows of a hash of (key, version, bytes): equal for equal contents in any order.
+    """The sum modulo 2^64 over rows of a hash of (key, version, bytes): equal for equal contents in
+    any order.
 
     Args:
         keys: (M,), distinct.
@@ -128,12 +133,13 @@ def rows_digest(keys: Int64s, versions: Int64s, rows: Rows) -> int:
 
 
 class CacheTable:
-    """Rows by key. Blocks of rows are appended and never copied: growth has no limit but memory, and no pause.
+    """Rows by key. Blocks of rows are appended and never copied: growth has no limit but memory,
+    and no pause.
 
     Args:
         spec: width and storage type.
-        block_rows: rows in a block, a power of two. A block's memory is committed by the system page by page as
-            rows are first written, so a small table costs little.
+        block_rows: rows in a block, a power of two. A block's memory is committed by the system
+            page by page as rows are first written, so a small table costs little.
         max_rows: the largest number of rows.
     """
 
@@ -164,7 +170,9 @@ class CacheTable:
         return len(self._index)
 
     def fetch(self, keys: Int64s) -> FetchedRows:
-        """The rows of ``keys`` (M,) in their order and the storage type; zeros for ids never written."""
+        """The rows of ``keys`` (M,) in their order and the storage type; zeros for ids never
+        written.
+        """
         return self._read(self._index.lookup(keys))
 
     def write(self, keys: Int64s, versions: Int64s, rows: Rows) -> None:
@@ -182,7 +190,8 @@ class CacheTable:
         row_numbers = self._index.lookup(keys)
         num_absent = int(np.count_nonzero(row_numbers < 0))
         if num_absent:
-            # Blocks come first: a row number that the index gives away must never point beyond them.
+            # Blocks come first: a row number that the index gives away must never point beyond
+            # them.
             self._append_blocks(min(len(self) + num_absent, self._index.max_rows))
             row_numbers = self._index.insert(keys)
         _write_rows(
@@ -211,7 +220,9 @@ class CacheTable:
             )
 
     def items(self, chunk_rows: int = 65_536) -> Iterator[tuple[Int64s, Int64s, Rows]]:
-        """All rows as (keys (M,), versions (M,), rows (M, D)), at most ``chunk_rows`` at a time, in no order."""
+        """All rows as (keys (M,), versions (M,), rows (M, D)), at most ``chunk_rows`` at a time, in
+        no order.
+        """
         for keys, row_numbers in self._index.items(chunk_rows):
             versions = _read_versions(
                 read_only(row_numbers), self._version_addresses, self._block_shift
@@ -219,7 +230,9 @@ class CacheTable:
             yield keys, versions, self._read(row_numbers).rows
 
     def digest(self) -> int:
-        """``rows_digest`` of the whole table: equal contents have equal digests, however they came and lie."""
+        """``rows_digest`` of the whole table: equal contents have equal digests, however they came
+        and lie.
+        """
         total = 0
         for keys, versions, rows in self.items():
             total += rows_digest(keys, versions, rows)
@@ -245,7 +258,8 @@ class CacheTable:
     def _append_blocks(self, num_rows: int) -> None:
         block_rows = 1 << self._block_shift
         while len(self._blocks) * block_rows < num_rows:
-            # zeros, not empty: it costs nothing before the pages are used, and the padding is part of the digest.
+            # zeros, not empty: it costs nothing before the pages are used, and the padding is part
+            # of the digest.
             self._blocks.append(np.zeros((block_rows, self._num_words), np.uint64))
             self._version_blocks.append(np.full(block_rows, _NEVER_WRITTEN, np.int64))
         if len(self._blocks) > self._addresses.size:
@@ -310,7 +324,8 @@ class CacheShard:
         return not self._early_steps
 
     def clear(self, generation: int, step: int = 0) -> None:
-        """Empties the tables and starts a generation whose first step is ``step``; a repeat changes nothing.
+        """Empties the tables and starts a generation whose first step is ``step``; a repeat changes
+        nothing.
 
         Raises:
             CacheError: the shard is in a later generation already.
@@ -328,11 +343,12 @@ class CacheShard:
         self._early_steps.clear()
 
     def write(self, batch: WriteBatch) -> None:
-        """Applies a message. It may be late, repeated, or earlier than the messages of steps before it.
+        """Applies a message. It may be late, repeated, or earlier than the messages of steps before
+        it.
 
         Raises:
-            CacheError: a later generation, an unknown table, rows of another kind, or a key of another shard's; nothing
-                was stored.
+            CacheError: a later generation, an unknown table, rows of another kind, or a key of
+                another shard's; nothing was stored.
         """
         if batch.generation < self._generation:
             self._late_messages += 1
@@ -343,7 +359,7 @@ class CacheShard:
                 where=f"shard {self.shard}, step {batch.step}",
                 got=f"generation {batch.generation}",
                 expected=f"generation {self._generation}",
-                remedy="Let one client clear or restore the cache, and wait for it, before others write.",
+                remedy="Write only after the client that clears or restores has finished.",
             )
         for name, write in batch.tables.items():
             self._check_write(batch.step, name, write)
@@ -361,7 +377,8 @@ class CacheShard:
         return generation == self._generation and step <= self._received_step + 1
 
     def fetch(self, request: FetchRequest) -> dict[str, FetchedRows]:
-        """The rows of ``request``, by table; sees at least all writes of steps before ``request.step``.
+        """The rows of ``request``, by table; sees at least all writes of steps before
+        ``request.step``.
 
         Raises:
             CacheError: not ready (ask ``is_ready`` first), or an unknown table.
@@ -376,7 +393,9 @@ class CacheShard:
         return {name: self._table(name).fetch(keys) for name, keys in request.keys.items()}
 
     def begin_restore(self) -> None:
-        """Empties the tables and leaves the generation; ``set_fence`` ends the restore. Until then nothing is served."""
+        """Empties the tables and leaves the generation; ``set_fence`` ends the restore. Until then
+        nothing is served.
+        """
         self._tables = self._empty_tables()
         self.set_fence(-1, 0)
 
@@ -417,7 +436,7 @@ class CacheShard:
                 where=f"shard {self.shard}",
                 got=f"generation {generation}",
                 expected=f"generation {self._generation} or later",
-                remedy="Begin the new generation on every client after one of them cleared or restored the cache.",
+                remedy="Call begin_generation on every client when one cleared or restored.",
             )
 
     def _check_write(self, step: int, name: str, write: TableWrite) -> None:

@@ -1,8 +1,9 @@
 """Snapshots: one Arrow IPC file per table and bucket range, through fsspec to any URL.
 
-``<prefix>/<table>-<first bucket>-<bucket after the last>.arrow`` has the columns key, version and row, in no order, and what it
-holds in its schema's metadata, the digest included. It restores into any number of shards: a shard reads every file whose range
-overlaps its own, keeps its own keys, and verifies the digest over *all* rows of the file. Nothing is unpickled.
+``<prefix>/<table>-<first bucket>-<bucket after the last>.arrow`` has the columns key, version and
+row, in no order, and what it holds in its schema's metadata, the digest included. It restores into
+any number of shards: a shard reads every file whose range overlaps its own, keeps its own keys, and
+verifies the digest over *all* rows of the file. Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ FORMAT_VERSION = "1"
 
 _BATCH_BYTES = 8 * 2**20
 
-# Object stores have no directories, and asking them to make one asks for a right that a writer need not have.
+# Object stores have no directories, and asking them to make one asks for a right that a writer need
+# not have.
 _PROTOCOLS_WITH_DIRECTORIES = frozenset(
     {"file", "local", "memory", "hdfs", "webhdfs", "sftp", "ssh", "smb"}
 )
@@ -35,7 +37,8 @@ _AGAIN = "Restore an older checkpoint; this snapshot cannot be used."
 
 @dataclass(frozen=True)
 class SnapshotPart:
-    """One file of a snapshot. ``dataclasses.asdict`` makes JSON of it, ``SnapshotPart(**json)`` the part again.
+    """One file of a snapshot. ``dataclasses.asdict`` makes JSON of it, ``SnapshotPart(**json)`` the
+    part again.
 
     Args:
         path: the file's name under the prefix.
@@ -56,7 +59,8 @@ class SnapshotPart:
 
 
 def write_snapshot(shard: CacheShard, prefix: str) -> list[SnapshotPart]:
-    """Writes every table of ``shard`` under the URL ``prefix``, which must not hold another snapshot.
+    """Writes every table of ``shard`` under the URL ``prefix``, which must not hold another
+    snapshot.
 
     Raises:
         SnapshotError: a file cannot be written.
@@ -78,7 +82,9 @@ def read_snapshot(shard: CacheShard, prefix: str, parts: Iterable[SnapshotPart])
 
 
 def check_parts(parts: Sequence[SnapshotPart], tables: Mapping[str, TableSpec]) -> None:
-    """Raises SnapshotError unless ``parts`` hold every bucket of every table exactly once, and no other table."""
+    """Raises SnapshotError unless ``parts`` hold every bucket of every table exactly once, and no
+    other table.
+    """
     unknown = sorted({part.table for part in parts} - set(tables))
     if unknown:
         raise SnapshotError(
@@ -177,7 +183,8 @@ def _check_schema(url: str, schema: pa.Schema, expected: pa.Schema) -> None:
                 where=url,
                 got=f"{fact} {got_metadata.get(fact)}",
                 expected=f"{fact} {value}",
-                remedy="Restore into tables of the same width and storage type, from the snapshot's own manifest.",
+                remedy="Restore into tables of the same width and storage type, and with the "
+                "list of parts that this snapshot gave.",
             )
     if not schema.equals(expected):
         raise SnapshotError(

@@ -1,6 +1,8 @@
-"""How rows are kept: the storage types, and the conversion to and from the type that the model computes in.
+"""How rows are kept: the storage types, and the conversion to and from the type that the model
+computes in.
 
-bfloat16 has no NumPy type; its 16 bits are kept in uint16. Conversion happens in the client, so that narrow rows travel.
+bfloat16 has no NumPy type; its 16 bits are kept in uint16. Conversion happens in the client, so
+that narrow rows travel.
 """
 
 from __future__ import annotations
@@ -66,7 +68,9 @@ def encode(rows: Rows, storage: StorageType) -> Rows:
 
 
 def decode(rows: Rows, storage: StorageType) -> Rows:
-    """Stored rows (M, D) in the compute type, writable; the array itself where no conversion is needed."""
+    """Stored rows (M, D) in the compute type, writable; the array itself where no conversion is
+    needed.
+    """
     if storage != "bfloat16" and rows.dtype == compute_dtype(storage) and rows.flags.writeable:
         return rows
     out = np.empty(rows.shape, compute_dtype(storage))

@@ -1,6 +1,7 @@
 """What a client needs of a transport: call a method of a shard, and collect the answers later.
 
-The in-process cache and the Ray cache differ in this and in nothing else. The methods are those of ``ShardService``.
+The in-process cache and the Ray cache differ in this and in nothing else. The methods are those of
+``ShardService``.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ class Reply:
     Args:
         shard: the shard called.
         value: what the method returned.
-        error: what it raised; ``TimeoutError`` if there is no answer yet, ``ConnectionError`` if the shard's process is gone.
+        error: what it raised; ``TimeoutError`` if there is no answer yet, ``ConnectionError`` if
+            the shard's process is gone.
     """
 
     shard: int
@@ -57,10 +59,14 @@ class Transport(Protocol):
         """The number of shards."""
 
     def submit(self, shard: int, method: str, *args: object) -> Pending:
-        """Calls a method of ``ShardService``; returns without waiting for it. Never raises: errors are replies."""
+        """Calls a method of ``ShardService``; returns without waiting for it. Never raises: errors
+        are replies.
+        """
 
     def wait(self, pendings: Sequence[Pending], timeout_s: float) -> list[Reply]:
-        """The replies in the order of ``pendings``: waits until all are there, one of them is an error, or the time is over."""
+        """The replies in the order of ``pendings``: waits until all are there, one of them is an
+        error, or the time is over.
+        """
 
     def close(self) -> None:
         """Lets go of the shards; does not end them."""
