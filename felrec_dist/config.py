@@ -6,6 +6,7 @@ Each section stands beside what it configures; this file only composes them.
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -110,6 +111,20 @@ def parse_config(tree: Mapping[str, Any], *, where: str) -> ExperimentConfig:
         return ExperimentConfig.model_validate(tree)
     except ValidationError as error:
         raise _explain(error, where) from error
+
+
+def with_absolute_paths(config: ExperimentConfig) -> ExperimentConfig:
+    """Returns the config with relative local paths made absolute: workers run in other folders."""
+
+    def absolute(url: str) -> str:
+        return url if "://" in url or "::" in url else os.path.abspath(url)
+
+    return config.model_copy(
+        update={
+            "data": config.data.model_copy(update={"url": absolute(config.data.url)}),
+            "run": config.run.model_copy(update={"url": absolute(config.run.url)}),
+        }
+    )
 
 
 def dump_config(config: ExperimentConfig) -> str:

@@ -38,7 +38,7 @@ def main() -> None:
         app()
     except FelrecError as error:
         console.print(f"[bold red]error:[/] {type(error).__name__}:", end=" ")
-        console.print(str(error), markup=False, highlight=False)
+        console.print(str(error), markup=False, highlight=False, soft_wrap=True)
         sys.exit(FAILED)
     except KeyboardInterrupt:
         console.print("stopped; a committed checkpoint stays: go on with --resume")

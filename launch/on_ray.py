@@ -26,7 +26,7 @@ from cache_server.ray_transport import (
     create_shard_actors,
     destroy_shard_actors,
 )
-from felrec_dist.config import ExperimentConfig, parse_config
+from felrec_dist.config import ExperimentConfig, parse_config, with_absolute_paths
 from felrec_dist.errors import ConfigError, FelrecError, TrainingError
 from felrec_dist.evaluation.evaluator import Protocol
 from felrec_dist.training.run import run_evaluation, run_training
@@ -54,7 +54,8 @@ def run(config: ExperimentConfig, job: Job, progress: Progress) -> None:
         FelrecError: what a worker raised.
         TrainingError: a worker died, or raised anything else.
     """
-    with _ray(config):
+    config = with_absolute_paths(config)
+    with _ray():
         _check_resources(config)
         shards = create_shard_actors(
             config.cache.tables(config.model.encoder.width),
@@ -146,22 +147,23 @@ def _work(task: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _ray(config: ExperimentConfig) -> Iterator[None]:
-    """Joins the cluster at hand, or starts a local Ray of the size the run asks for and stops it."""
+def _ray() -> Iterator[None]:
+    """Joins the cluster that RAY_ADDRESS names, or starts a local Ray and stops it at the end."""
     if ray.is_initialized():
         yield
         return
-    if not os.environ.get("RAY_ADDRESS"):
-        # A local Ray would otherwise make an authentication token, which other clusters then ask for.
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(logging_level="warning")
+    else:
+        # A local Ray would otherwise make an authentication token, which clusters then ask for.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-    # Ray Train prints where its own folder is; ours is run.url.
-    os.environ.setdefault("RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS", "0")
-    ray.init(
-        address=os.environ.get("RAY_ADDRESS") or "local",
-        include_dashboard=False if not os.environ.get("RAY_ADDRESS") else None,
-        log_to_driver=True,
-        logging_level="warning",
-    )
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            # What a worker has to say comes through the progress board or as its error.
+            log_to_driver=False,
+            logging_level="warning",
+        )
     try:
         yield
     finally:

@@ -530,7 +530,6 @@ class _Target:
                 progress("upload", number, len(files))
                 remote = f"{self.root}/{file}"
                 written.append(remote)
-                self.fs.makedirs(remote.rsplit("/", 1)[0], exist_ok=True)
                 self.fs.put_file(str(building / file), remote)
             progress("upload", len(files), len(files))
         except BaseException as error:

@@ -58,7 +58,8 @@ class RawSource:
         has_header: the first line names the columns.
         is_ragged_header: rows have more columns than the header names (the first row tells how
             many).
-        user_ids, item_ids: ``"int"``, ``"string"``, or None for int if every id is a plain integer.
+        user_ids, item_ids: ``"int"``, ``"string"``, or None: the type of a Parquet column, and for text
+            int if every id is a plain integer.
         members: names under which a folder or a .zip holds the file.
     """
 
@@ -514,6 +515,8 @@ def _reader(
         table = f"read_parquet({literal})"
         try:
             rows = connection.execute(f"DESCRIBE SELECT * FROM {table}").fetchall()
+        except duckdb.OutOfMemoryException:
+            raise
         except duckdb.Error as error:
             raise _unreadable(str(file), "parquet", error) from error
         found = {name: kind for name, kind, *_ in rows}
@@ -603,9 +606,9 @@ def _check_types(source: RawSource, file: RawFile, types: dict[str, str]) -> Non
 
 
 def _infer(connection: duckdb.DuckDBPyConnection, readers: Sequence[_Reader], field: str) -> IdKind:
-    """Integers if every id of every file is one; this reads text files once more."""
+    """The type of a Parquet column; for text, which is read once more, int if every id is one."""
     for reader in readers:
-        if reader.is_text(field):
+        if reader.source.format == "csv":
             x = f"trim({reader.columns[field]})"
             # Integers beyond int64 count as integers, to be refused with their row; 007 does not,
             # or it would become one with 7.

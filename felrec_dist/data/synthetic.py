@@ -339,7 +339,6 @@ def _draw_slot(
     gap_E = np.floor(random.exponential(MEAN_GAP_MS, num_events)).astype(np.int64)
     gap_E[random.random(num_events) < EQUAL_TIMESTAMP_SHARE] = 0
     first_S = np.cumsum(lengths_S) - lengths_S
-    gap_E[first_S] = 0
     since_E = np.cumsum(gap_E)
     timestamp_E = start_S[session_E] + since_E - since_E[first_S][session_E]
     return {
@@ -433,7 +432,7 @@ def _draw_tastes(
     random: np.random.Generator, population: Population, user: NDArray[np.int64]
 ) -> NDArray[np.int64]:
     """One of the tastes of each user, (E,)."""
-    choice = _pick(np.cumsum(TASTE_SHARES), random.random(len(user)))
+    choice = np.zeros(len(user), int)
     return population.user_tastes[user, choice].astype(np.int64)
 
 

@@ -93,6 +93,7 @@ def _whole_batch_moments(x_bD: Tensor) -> tuple[Tensor, Tensor, int]:
 
 def _gather(x: Tensor) -> Tensor:
     """Returns the x of every rank, stacked in rank order: (W, *x.shape)."""
-    gathered = x.new_empty(dist.get_world_size(), *x.shape)
+    world_size = dist.get_world_size()
+    gathered = x.new_empty(world_size * x.shape[0], *x.shape[1:])
     dist.all_gather_into_tensor(gathered, x.contiguous())
-    return gathered
+    return gathered.unflatten(0, (world_size, x.shape[0]))
