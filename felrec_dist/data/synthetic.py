@@ -432,7 +432,7 @@ def _draw_tastes(
     random: np.random.Generator, population: Population, user: NDArray[np.int64]
 ) -> NDArray[np.int64]:
     """One of the tastes of each user, (E,)."""
-    choice = np.zeros(len(user), int)
+    choice = _pick(np.cumsum(TASTE_SHARES), random.random(len(user)))
     return population.user_tastes[user, choice].astype(np.int64)
 
 

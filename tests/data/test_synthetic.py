@@ -65,6 +65,8 @@ def test_the_same_config_gives_the_same_bytes(tmp_path: Path) -> None:
     second = synthesize(tmp_path / "second.parquet", config)
     other = synthesize(tmp_path / "other.parquet", SyntheticConfig(num_events=20_000, seed=1))
     assert first.read_bytes() == second.read_bytes()
+    synthesize(second, SyntheticConfig(num_events=10))
+    assert pq.read_metadata(second).num_rows == 10
     same = pq.read_table(first)["item"].to_numpy() == pq.read_table(other)["item"].to_numpy()
     assert same.mean() < 0.1
 
@@ -280,6 +282,55 @@ def test_items_are_drawn_with_the_stated_probability() -> None:
         assert np.all(share[expected == 0] == 0)
         deviation = np.sqrt(expected * (1 - expected) / draws)
         assert np.all(np.abs(share - expected) <= 5 * deviation)
+
+
+def test_events_follow_the_formula_at_the_head_of_the_module() -> None:
+    config = SyntheticConfig(num_users=1, num_items=40, num_tastes=5, seed=5)
+    population = draw_population(config)
+    now, draws = 0.5, 200_000
+    assert len(np.unique(population.user_tastes[0])) == len(TASTE_SHARES)
+    popularity = population.popularity(now)
+    expected: NDArray[np.float64] = (1 - config.taste_strength) * popularity / popularity.sum()
+    for taste, share in zip(population.user_tastes[0], TASTE_SHARES, strict=True):
+        weight = popularity * (
+            (1 - SECOND_TASTE_AFFINITY) * (population.item_tastes[:, 0] == taste)
+            + SECOND_TASTE_AFFINITY * (population.item_tastes[:, 1] == taste)
+        )
+        expected += config.taste_strength * share * weight / weight.sum()
+    slot = synthetic._draw_slot(
+        config,
+        population,
+        synthetic._Shelves.of(population, 5),
+        synthetic._Clock.over(config.days),
+        np.random.default_rng(0),
+        now,
+        now + 0.01,
+        draws,
+    )
+    share = np.bincount(indices(population.item_keys, slot["item"]), minlength=40) / draws
+    # Events of a session share a taste, so they count for fewer than they are.
+    deviation = np.sqrt(expected * (1 - expected) / draws)
+    assert np.all(np.abs(share - expected) <= 10 * deviation)
+
+
+def test_a_session_is_about_one_taste(events: Events, population: Population) -> None:
+    order = np.lexsort((events.timestamp, events.user))
+    taste = population.item_tastes[events.item[order], 0]
+    same_user = np.diff(events.user[order]) == 0
+    gap_ms = np.diff(events.timestamp[order])
+    same_taste = np.diff(taste) == 0
+    within = same_taste[same_user & (gap_ms < 15 * 60_000)].mean()
+    across = same_taste[same_user & (gap_ms > DAY_MS)].mean()
+    apart = same_taste[~same_user].mean()
+    assert within > across + 0.08
+    assert across > apart + 0.08
+
+
+def test_the_most_active_user_is_the_measure_of_activity() -> None:
+    # A million lifetimes after they came, all would be 0 in absolute terms.
+    config = SyntheticConfig(num_users=3, user_active_days=0.001, days=36_500)
+    activity = draw_population(config).activity(0.999)
+    assert activity.max() == 1.0
 
 
 def test_a_taste_without_items_stands_for_all() -> None:
