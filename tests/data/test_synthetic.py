@@ -307,10 +307,10 @@ def test_events_follow_the_formula_at_the_head_of_the_module() -> None:
         now + 0.01,
         draws,
     )
-    share = np.bincount(indices(population.item_keys, slot["item"]), minlength=40) / draws
+    drawn = np.bincount(indices(population.item_keys, slot["item"]), minlength=40) / draws
     # Events of a session share a taste, so they count for fewer than they are.
     deviation = np.sqrt(expected * (1 - expected) / draws)
-    assert np.all(np.abs(share - expected) <= 10 * deviation)
+    assert np.all(np.abs(drawn - expected) <= 10 * deviation)
 
 
 def test_a_session_is_about_one_taste(events: Events, population: Population) -> None:
