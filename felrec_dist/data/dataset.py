@@ -219,7 +219,7 @@ class PreparedDataset:
                 schema version.
         """
         text = os.fspath(url)
-        fs, root = fsspec.core.url_to_fs(text, **(storage_options or {}))
+        fs, root = file_system(text, storage_options)
         if isinstance(fs, LocalFileSystem):
             text = root
         manifest = _read_manifest(fs, root, text)
@@ -387,6 +387,23 @@ class PreparedDataset:
                 finally:
                     partial.unlink(missing_ok=True)
         return str(target)
+
+
+def file_system(
+    url: str, storage_options: Mapping[str, Any] | None
+) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The file system of a URL and the path in it."""
+    try:
+        fs, root = fsspec.core.url_to_fs(url, **(storage_options or {}))
+    except (ValueError, ImportError) as error:
+        raise DatasetError(
+            "There is no file system for a URL.",
+            where=url,
+            got=str(error),
+            expected="a local path, or a URL of a protocol that fsspec knows",
+            remedy="check the URL, or install the package of its protocol (s3fs for s3://)",
+        ) from error
+    return fs, root
 
 
 def _default_stage_dir() -> Path:

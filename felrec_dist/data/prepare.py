@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -48,6 +47,7 @@ from felrec_dist.data.dataset import (
     Side,
     Span,
     Split,
+    file_system,
 )
 from felrec_dist.data.sources import Progress, RawSource, RawTable, load
 from felrec_dist.errors import ConfigError, DatasetError, RawDataError
@@ -433,7 +433,7 @@ class _Target:
 
     def __init__(self, out: str, storage_options: Mapping[str, Any]) -> None:
         self.out = out
-        self.fs, root = fsspec.core.url_to_fs(out, **storage_options)
+        self.fs, root = file_system(out, storage_options)
         self.root = root.rstrip("/")
         self.is_local = isinstance(self.fs, LocalFileSystem)
 

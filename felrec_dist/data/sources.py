@@ -58,8 +58,8 @@ class RawSource:
         has_header: the first line names the columns.
         is_ragged_header: rows have more columns than the header names (the first row tells how
             many).
-        user_ids, item_ids: ``"int"``, ``"string"``, or None: the type of a Parquet column, and for text
-            int if every id is a plain integer.
+        user_ids, item_ids: ``"int"``, ``"string"``, or None: the type of a Parquet column, and for
+            text int if every id is a plain integer.
         members: names under which a folder or a .zip holds the file.
     """
 
@@ -200,7 +200,7 @@ class RawSource:
                 names |= {Path(member).name for member in archive.namelist()}
         fitting = [name for name, layout in LAYOUTS.items() if not names.isdisjoint(layout.members)]
         # Several MovieLens releases share a layout: the folder or .zip is named like the release.
-        for name in sorted(fitting, key=lambda name: name != where.stem and name not in text):
+        for name in sorted(fitting, key=lambda name: name not in text.lower()):
             return cls.from_name(name, path)
         raise RawDataError(
             "The layout cannot be told from the file names.",
@@ -489,6 +489,8 @@ class _Reader:
         if source.timestamp_unit in (None, "iso"):
             # A zone counts, and without one the session's zone does: UTC.
             return f"CASE WHEN {x} LIKE '____-%' THEN epoch_us(TRY_CAST({x} AS TIMESTAMPTZ)) END"
+        if kind.startswith("DECIMAL"):
+            x = f"CAST({x} AS VARCHAR)"
         factor = _US_PER_UNIT[str(source.timestamp_unit)] * source.timestamp_step
         if kind in _INTEGER_TYPES:
             return f"TRY_CAST(TRY_CAST({x} AS BIGINT)::HUGEINT * {factor} AS BIGINT)"
@@ -594,19 +596,19 @@ def _check_types(source: RawSource, file: RawFile, types: dict[str, str]) -> Non
             remedy="convert the column",
         )
     if not has_unit and (
-        source.timestamp_unit is None or is_number == (source.timestamp_unit == "iso")
+        source.timestamp_unit is None or (is_number and source.timestamp_unit == "iso")
     ):
         raise RawDataError(
             "The unit of the timestamps does not fit their column.",
             where=f"{file}, column {source.timestamp!r}",
             got=f"{kind} with unit {source.timestamp_unit}",
-            expected="s, ms or us for numbers, iso for strings such as 2020-01-31T12:00:00Z",
+            expected="s, ms or us for numbers, iso for text such as 2020-01-31T12:00:00Z",
             remedy="give the unit (--timestamp-unit)",
         )
 
 
 def _infer(connection: duckdb.DuckDBPyConnection, readers: Sequence[_Reader], field: str) -> IdKind:
-    """The type of a Parquet column; for text, which is read once more, int if every id is one."""
+    """The type of a Parquet column; for text, read once more for it, int if all ids are."""
     for reader in readers:
         if reader.source.format == "csv":
             x = f"trim({reader.columns[field]})"
