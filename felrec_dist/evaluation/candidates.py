@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from felrec_dist.evaluation.counts import count_above_and_tied
-from felrec_dist.training.representations import Representations, last_events
+from felrec_dist.model.felrec import FELRec
+from felrec_dist.training.representations import ITEM, Representations, last_events
 from felrec_dist.training.world import World
 
 Int64s = npt.NDArray[np.int64]
@@ -34,14 +35,17 @@ class Ballot:
         targets_B: catalogue index of each event's item.
         num_seen: catalogue rows 0..num_seen - 1 are candidates.
         negatives_BM: catalogue indices, -1 for none.
-        absent_D: unit vector (or zero) of an item the cache does not hold.
+        unseen_BD: unit vectors of the targets for the case that they are no candidates.
+        absent_is_zero: candidates the cache does not hold score as a zero vector, not as their
+            encoding.
     """
 
     users_BD: Tensor
     targets_B: Tensor
     num_seen: int
     negatives_BM: Tensor
-    absent_D: Tensor
+    unseen_BD: Tensor
+    absent_is_zero: bool
 
 
 class CandidateMatrix:
@@ -58,12 +62,20 @@ class CandidateMatrix:
         """Rows of this rank among the first ``num_items`` of the catalogue."""
         return max(0, -(-(num_items - self.world.rank) // self.world.world_size))
 
-    def load(self, representations: Representations, step: int, ids_I: Int64s) -> None:
-        """Reads this rank's part of the first I items from the cache, as it was when ``step`` began."""
+    def load(
+        self, model: FELRec, representations: Representations, step: int, ids_I: Int64s
+    ) -> None:
+        """Reads this rank's part of the first I items from the cache as it was when ``step`` began.
+
+        An item the cache does not hold gets the encoding of an empty history.
+        """
         mine = ids_I[self.world.rank :: self.world.world_size]
         for start in range(0, len(mine), FETCHED_ROWS):
             chunk = slice(start, start + len(mine[start : start + FETCHED_ROWS]))
             rows_MD, is_known_M = representations.fetch_items(step, mine[chunk])
+            identity_MD = representations.empty_slots(ITEM, mine[chunk])
+            unseen_MD = model.represent_unseen_items(len(rows_MD), identity_MD)
+            rows_MD = torch.where(is_known_M[:, None], rows_MD, unseen_MD)
             self.rows_CD[chunk] = F.normalize(rows_MD, dim=1)
             self.is_present_C[chunk] = is_known_M
 
@@ -83,10 +95,10 @@ class CandidateMatrix:
         is_candidate_B = ballot.targets_B < ballot.num_seen
         is_mine_B = is_candidate_B & (ballot.targets_B % self.world.world_size == self.world.rank)
         scores_B = self._scores_of(ballot, torch.where(is_mine_B, ballot.targets_B, -1)[:, None])
-        absent_B = ballot.users_BD @ ballot.absent_D
-        others_B = torch.zeros_like(absent_B)
+        others_B = torch.zeros_like(scores_B[:, 0])
         if self.world.is_first:
-            others_B = torch.where(is_candidate_B, others_B, absent_B)
+            unseen_B = (ballot.users_BD * ballot.unseen_BD).sum(dim=1)
+            others_B = torch.where(is_candidate_B, others_B, unseen_B)
         return torch.where(is_mine_B, scores_B[:, 0], others_B)
 
     def count(self, ballot: Ballot, target_scores_B: Tensor) -> Tensor:
@@ -94,7 +106,6 @@ class CandidateMatrix:
         num_events = len(target_scores_B)
         counts_4B = torch.zeros(4, num_events, dtype=torch.int64, device=self.world.device)
         num_rows = self._num_rows(ballot.num_seen)
-        absent_B1 = (ballot.users_BD @ ballot.absent_D)[:, None]
         # The target is no candidate against itself.
         target_row_B = torch.where(
             ballot.targets_B % self.world.world_size == self.world.rank,
@@ -104,11 +115,9 @@ class CandidateMatrix:
         block = max(1, BLOCK_SCORES // max(1, num_events))
         for start in range(0, num_rows, block):
             stop = min(num_rows, start + block)
-            scores_BC = torch.where(
-                self.is_present_C[start:stop],
-                ballot.users_BD @ self.rows_CD[start:stop].T,
-                absent_B1,
-            )
+            scores_BC = ballot.users_BD @ self.rows_CD[start:stop].T
+            if ballot.absent_is_zero:
+                scores_BC *= self.is_present_C[start:stop]
             row_C = torch.arange(start, stop, device=self.world.device)
             above_B, tied_B = count_above_and_tied(
                 scores_BC, target_scores_B, row_C != target_row_B[:, None]
@@ -130,14 +139,12 @@ class CandidateMatrix:
         )
         if not len(self.rows_CD):
             return scores_BM
-        absent_B = ballot.users_BD @ ballot.absent_D
         block = max(1, BLOCK_SCORES // (max(1, num_scored) * self.rows_CD.shape[1]))
         for start in range(0, num_events, block):
             rows_BM = items_BM[start : start + block].clamp(min=0) // self.world.world_size
             users_BD = ballot.users_BD[start : start + block]
-            scores_BM[start : start + block] = torch.where(
-                self.is_present_C[rows_BM],
-                torch.einsum("bd,bmd->bm", users_BD, self.rows_CD[rows_BM]),
-                absent_B[start : start + block, None],
-            )
+            block_BM = torch.einsum("bd,bmd->bm", users_BD, self.rows_CD[rows_BM])
+            if ballot.absent_is_zero:
+                block_BM *= self.is_present_C[rows_BM]
+            scores_BM[start : start + block] = block_BM
         return scores_BM

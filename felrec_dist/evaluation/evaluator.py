@@ -36,7 +36,7 @@ from felrec_dist.model.felrec import FELRec
 from felrec_dist.section import Section
 from felrec_dist.training.clock import PhaseClock
 from felrec_dist.training.exchange import Exchange
-from felrec_dist.training.representations import Representations
+from felrec_dist.training.representations import ITEM, Representations
 
 Protocol = Literal["causal", "released"]
 
@@ -109,11 +109,13 @@ class Evaluator:
         items = self.dataset.items
         num_seen_at_end = int(np.searchsorted(items.first_positions, span.stop))
         num_seen = int(np.searchsorted(items.first_positions, span.start))
-        unseen_D = F.normalize(self.model.represent_unseen_item(), dim=0)
         candidates = CandidateMatrix(
-            self.world, num_seen_at_end, unseen_D.shape[0], self.representations.dtype
+            self.world,
+            num_seen_at_end,
+            self.representations.client.tables[ITEM].width,
+            self.representations.dtype,
         )
-        candidates.load(self.representations, step, items.ids[:num_seen])
+        candidates.load(self.model, self.representations, step, items.ids[:num_seen])
         counts: dict[Protocol, list[RankCounts]] = {protocol: [] for protocol in protocols}
         batches: list[EventBatch] = []
 
@@ -130,7 +132,7 @@ class Evaluator:
                         batch.item_index,
                         self.config.num_negatives,
                     ),
-                    unseen_D,
+                    absent_is_zero=False,
                 )
                 counts["causal"].append(self._count(ballot, candidates))
 
@@ -150,7 +152,7 @@ class Evaluator:
                         len(batch),
                         self.config.num_negatives,
                     ),
-                    torch.zeros_like(unseen_D),
+                    absent_is_zero=True,
                 )
                 counts["released"].append(self._count(ballot, candidates))
             batches.append(batch)
@@ -180,7 +182,7 @@ class Evaluator:
         with self.clock("histories"):
             items_of_users, users_of_items = self.histories.read(mine)
         with self.clock("fetch"):
-            inputs = self.representations.fetch(step, items_of_users, users_of_items)
+            inputs = self.representations.fetch(step, mine, items_of_users, users_of_items)
         with self.clock("encode"):
             representations = self.model.represent(inputs)
         with self.clock("exchange"):
@@ -193,15 +195,19 @@ class Evaluator:
         user_BD: Tensor,
         num_seen: int,
         negatives_BM: np.typing.NDArray[np.int64],
-        absent_D: Tensor,
+        *,
+        absent_is_zero: bool,
     ) -> Ballot:
         device = self.world.device
+        identity_BD = self.representations.empty_slots(ITEM, batch.item)
+        unseen_BD = self.model.represent_unseen_items(len(batch), identity_BD)
         return Ballot(
             users_BD=F.normalize(user_BD, dim=1),
             targets_B=torch.from_numpy(batch.item_index).to(device),
             num_seen=num_seen,
             negatives_BM=torch.from_numpy(negatives_BM).to(device),
-            absent_D=absent_D,
+            unseen_BD=F.normalize(unseen_BD, dim=1),
+            absent_is_zero=absent_is_zero,
         )
 
     def _count(self, ballot: Ballot, candidates: CandidateMatrix) -> RankCounts:

@@ -13,8 +13,9 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
+
+from felrec_dist.model.collective import gather_ranks, num_ranks
 
 
 class WholeBatchNorm(nn.BatchNorm1d):
@@ -25,7 +26,7 @@ class WholeBatchNorm(nn.BatchNorm1d):
     """
 
     def forward(self, x_bD: Tensor) -> Tensor:
-        if not (self.training and dist.is_initialized() and dist.get_world_size() > 1):
+        if not (self.training and num_ranks() > 1):
             return super().forward(x_bD)
         y_bD, mean_D, variance_D, num_rows = _WholeBatchNorm.apply(
             x_bD, self.weight, self.bias, self.eps
@@ -67,7 +68,7 @@ class _WholeBatchNorm(torch.autograd.Function):
         normalised_bD, weight_D, inverse_std_D = ctx.saved_tensors
         bias_gradient_D = gradient_bD.sum(dim=0)
         weight_gradient_D = (gradient_bD * normalised_bD).sum(dim=0)
-        sums_2D = _gather(torch.stack([bias_gradient_D, weight_gradient_D])).sum(dim=0)
+        sums_2D = gather_ranks(torch.stack([bias_gradient_D, weight_gradient_D])).sum(dim=0)
         mean_gradient_D, mean_projection_D = sums_2D / ctx.num_rows
         x_gradient_bD = (gradient_bD - mean_gradient_D - normalised_bD * mean_projection_D) * (
             weight_D * inverse_std_D
@@ -82,18 +83,10 @@ def _whole_batch_moments(x_bD: Tensor) -> tuple[Tensor, Tensor, int]:
     mean_D = x_bD.sum(dim=0) / max(1, num_local)
     deviation_D = (x_bD - mean_D).square().sum(dim=0)
     count_D = torch.full_like(mean_D, num_local)
-    moments_W3D = _gather(torch.stack([mean_D, deviation_D, count_D]))
+    moments_W3D = gather_ranks(torch.stack([mean_D, deviation_D, count_D]))
     means_WD, deviations_WD, counts_WD = moments_W3D.unbind(dim=1)
     total_D = counts_WD.sum(dim=0)
     mean_D = (means_WD * counts_WD).sum(dim=0) / total_D
     between_D = (counts_WD * (means_WD - mean_D).square()).sum(dim=0)
     variance_D = (deviations_WD.sum(dim=0) + between_D) / total_D
     return mean_D, variance_D, int(total_D[0].item())
-
-
-def _gather(x: Tensor) -> Tensor:
-    """Returns the x of every rank, stacked in rank order: (W, *x.shape)."""
-    world_size = dist.get_world_size()
-    gathered = x.new_empty(world_size * x.shape[0], *x.shape[1:])
-    dist.all_gather_into_tensor(gathered, x.contiguous())
-    return gathered.unflatten(0, (world_size, x.shape[0]))

@@ -100,7 +100,13 @@ class HistoryEncoder(nn.Module):
         self.blocks = nn.ModuleList(EncoderBlock(config) for _ in range(config.num_layers))
         self.output = nn.Linear(config.width, config.width)
 
-    def forward(self, history_BSD: Tensor, lengths_B: Tensor, type_D: Tensor) -> Tensor:
+    def forward(
+        self,
+        history_BSD: Tensor,
+        lengths_B: Tensor,
+        type_D: Tensor,
+        empty_BD: Tensor | None = None,
+    ) -> Tensor:
         """Returns representations (B, D), unnormalised.
 
         Args:
@@ -108,6 +114,7 @@ class HistoryEncoder(nn.Module):
                 slots, ``min(length + 1, N)``. What stands beyond a history's length is ignored.
             lengths_B: number of neighbours of each history, 0..N.
             type_D: embedding of the type (user or item) of the ids in the histories.
+            empty_BD: what fills the empty slot; None for the paper's zero vector.
         """
         num_slots = history_BSD.shape[1]
         slot_S = torch.arange(num_slots, device=history_BSD.device)
@@ -115,7 +122,11 @@ class HistoryEncoder(nn.Module):
         num_used_B = (lengths_B + 1).clamp(max=self.history_length)
         is_slot_BS = slot_S < num_used_B[:, None]
 
-        x_BSD = torch.where(is_neighbour_BS[..., None], history_BSD, 0.0) + type_D
+        x_BSD = torch.where(is_neighbour_BS[..., None], history_BSD, 0.0)
+        if empty_BD is not None:
+            is_empty_BS = is_slot_BS & ~is_neighbour_BS
+            x_BSD = torch.where(is_empty_BS[..., None], empty_BD[:, None, :], x_BSD)
+        x_BSD = x_BSD + type_D
         x_BSD = self.scale * x_BSD + self.positions_ND[:num_slots]
         x_BSD = self.input_norm(self.dropout(x_BSD))
         for block in self.blocks:

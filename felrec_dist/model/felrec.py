@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from felrec_dist.model.batchnorm import WholeBatchNorm
+from felrec_dist.model.collective import gather_ranks, rank
 from felrec_dist.model.encoder import EncoderConfig, HistoryEncoder
 from felrec_dist.model.queue import ProjectionQueue
 from felrec_dist.section import Section
@@ -31,6 +32,17 @@ class ModelConfig(Section):
     encoder: EncoderConfig = EncoderConfig()
     queue_size: int = Field(8192, ge=1, description="K; FELRec-Q only")
     temperature: float = Field(0.07, gt=0.0, description="FELRec-Q only")
+    negatives: Literal["queue", "batch"] = Field(
+        "queue", description="FELRec-Q: the paper's queue, or the other events of the batch"
+    )
+    empty_slot: Literal["zero", "identity"] = Field(
+        "zero",
+        description="what closes a short history: zero as in the paper, or a fixed vector "
+        "of the user or item itself",
+    )
+    absent_row: Literal["zero", "identity"] = Field(
+        "zero", description="what an id reads as that the cache has never seen"
+    )
 
 
 @dataclass(frozen=True)
@@ -42,12 +54,15 @@ class EncoderInputs:
         user_lengths_B: number of items in each user history, int64, 0..N.
         users_of_items_BSD: representations of each event's item's recent users.
         item_lengths_B: number of users in each item history.
+        user_identity_BD, item_identity_BD: what fills the empty slots; None for zero.
     """
 
     items_of_users_BSD: Tensor
     user_lengths_B: Tensor
     users_of_items_BSD: Tensor
     item_lengths_B: Tensor
+    user_identity_BD: Tensor | None = None
+    item_identity_BD: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -87,25 +102,39 @@ class FELRec(nn.Module):
     def represent(self, inputs: EncoderInputs) -> tuple[Tensor, Tensor]:
         """Returns the representations of the events' users and items, (B, D) each."""
         user_BD = self.encoder(
-            inputs.items_of_users_BSD, inputs.user_lengths_B, self.item_type_embedding
+            inputs.items_of_users_BSD,
+            inputs.user_lengths_B,
+            self.item_type_embedding,
+            inputs.user_identity_BD,
         )
         item_BD = self.encoder(
-            inputs.users_of_items_BSD, inputs.item_lengths_B, self.user_type_embedding
+            inputs.users_of_items_BSD,
+            inputs.item_lengths_B,
+            self.user_type_embedding,
+            inputs.item_identity_BD,
         )
         return user_BD, item_BD
 
-    def represent_unseen_item(self) -> Tensor:
-        """Returns (D,): the encoding of an item without history."""
+    def represent_unseen_items(self, num_items: int, identity_MD: Tensor | None) -> Tensor:
+        """Returns (M, D): the encodings of M items without history.
+
+        Args:
+            num_items: M.
+            identity_MD: what fills their empty slots; None for zero, which makes them all equal.
+        """
+        # Equal inputs are encoded once: equal rows of a batch may round differently.
+        num_encoded = num_items if identity_MD is not None else 1
         width = self.user_type_embedding.shape[0]
-        empty_11D = self.user_type_embedding.new_zeros(1, 1, width)
-        length_1 = torch.zeros(1, dtype=torch.int64, device=empty_11D.device)
-        return cast(Tensor, self.encoder(empty_11D, length_1, self.user_type_embedding)[0])
+        empty_M1D = self.user_type_embedding.new_zeros(num_encoded, 1, width)
+        length_M = torch.zeros(num_encoded, dtype=torch.int64, device=empty_M1D.device)
+        encoded_MD = self.encoder(empty_M1D, length_M, self.user_type_embedding, identity_MD)
+        return cast(Tensor, encoded_MD.expand(num_items, width))
 
     def push_queues(self, *projections_BD: Tensor) -> None:
         """Takes the projections of the whole batch, in event order, after the loss."""
         assert not projections_BD, "this model has no queues"
 
-    def chance_loss(self) -> float | None:
+    def chance_loss(self, batch_size: int) -> float | None:
         """The loss of one branch when all logits are equal; None where the loss has no such value."""
         return None
 
@@ -117,6 +146,10 @@ class FELRecQ(FELRec):
         super().__init__(config)
         width = config.encoder.width
         self.temperature = config.temperature
+        self.negatives = config.negatives
+        self.contrast = (
+            self._contrast_with_queue if config.negatives == "queue" else self._contrast_with_batch
+        )
         self.user_projection = Head(width, width, width)
         self.item_projection = Head(width, width, width)
         self.user_queue = ProjectionQueue(config.queue_size, width)
@@ -126,8 +159,8 @@ class FELRecQ(FELRec):
         user_BD, item_BD = self.represent(inputs)
         p_user_BD = F.normalize(self.user_projection(user_BD), dim=1)
         p_item_BD = F.normalize(self.item_projection(item_BD), dim=1)
-        user_loss = self._contrast(p_user_BD, p_item_BD.detach(), self.item_queue.entries_KD)
-        item_loss = self._contrast(p_item_BD, p_user_BD.detach(), self.user_queue.entries_KD)
+        user_loss = self.contrast(p_user_BD, p_item_BD.detach(), self.item_queue)
+        item_loss = self.contrast(p_item_BD, p_user_BD.detach(), self.user_queue)
         return ModelOutput(
             loss=user_loss + item_loss,
             user_loss=user_loss.detach(),
@@ -137,21 +170,33 @@ class FELRecQ(FELRec):
             projections_BD=(p_user_BD.detach(), p_item_BD.detach()),
         )
 
-    def _contrast(self, query_BD: Tensor, positive_BD: Tensor, negatives_KD: Tensor) -> Tensor:
+    def _contrast_with_queue(
+        self, query_BD: Tensor, positive_BD: Tensor, queue: ProjectionQueue
+    ) -> Tensor:
         """Cross entropy over K + 1 logits, the positive in column 0."""
-        # The queue changes in place after the step; the graph must keep the entries it saw.
-        logits_BK = query_BD @ negatives_KD.clone().T
+        logits_BK = query_BD @ queue.entries_KD.T
         positive_B1 = (query_BD * positive_BD).sum(dim=1, keepdim=True)
         logits_BK1 = torch.cat([positive_B1, logits_BK], dim=1) / self.temperature
         target_B = torch.zeros(len(query_BD), dtype=torch.int64, device=query_BD.device)
         return F.cross_entropy(logits_BK1, target_B)
+
+    def _contrast_with_batch(
+        self, query_BD: Tensor, positive_BD: Tensor, queue: ProjectionQueue
+    ) -> Tensor:
+        """Cross entropy over the projections of the whole batch, of all ranks; event i's positive in column i."""
+        keys_BD = gather_ranks(positive_BD).flatten(0, 1)
+        num_local = len(query_BD)
+        target_B = torch.arange(num_local, device=query_BD.device) + rank() * num_local
+        return F.cross_entropy(query_BD @ keys_BD.T / self.temperature, target_B)
 
     def push_queues(self, *projections_BD: Tensor) -> None:
         user_projection_BD, item_projection_BD = projections_BD
         self.user_queue.push(user_projection_BD)
         self.item_queue.push(item_projection_BD)
 
-    def chance_loss(self) -> float:
+    def chance_loss(self, batch_size: int) -> float:
+        if self.negatives == "batch":
+            return math.log(batch_size)
         return math.log(self.item_queue.entries_KD.shape[0] + 1)
 
 

@@ -13,14 +13,16 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from cache_server import CacheClient, TableSpec
+from cache_server import CacheClient, FetchedRows, TableSpec
 from cache_server.shard import DEFAULT_BLOCK_ROWS
 from felrec_dist.data.histories import Histories, distinct
 from felrec_dist.data.stream import EventBatch
 from felrec_dist.model.felrec import EncoderInputs
+from felrec_dist.model.identity import identity_rows
 from felrec_dist.section import Section
 
 USER, ITEM = "user", "item"
+SALTS = {USER: 0, ITEM: 1}
 STORAGE_DTYPES = {
     "float64": torch.float64,
     "float32": torch.float32,
@@ -61,6 +63,8 @@ class Representations:
         storage: torch.dtype,
         dtype: torch.dtype,
         device: torch.device,
+        empty_slot: Literal["zero", "identity"],
+        absent_row: Literal["zero", "identity"],
         written_shards: tuple[int, ...],
     ) -> None:
         """
@@ -69,22 +73,31 @@ class Representations:
             storage: type of the rows in the cache.
             dtype: type of the model.
             device: device of the model.
+            empty_slot, absent_row: of ``ModelConfig``.
             written_shards: the shards whose single writer this rank is.
         """
         self.client = client
         self.storage = storage
         self.dtype = dtype
         self.device = device
+        self.empty_slot = empty_slot
+        self.absent_row = absent_row
         self.written_shards = written_shards
         self.num_read = 0
         self.num_distinct = 0
 
     def fetch(
-        self, step: int, items_of_users: Histories, users_of_items: Histories
+        self, step: int, batch: EventBatch, items_of_users: Histories, users_of_items: Histories
     ) -> EncoderInputs:
         """Returns the representations of the histories' ids as they were when ``step`` began.
 
-        An id the cache has never seen reads as zero. Only distinct ids travel.
+        An id the cache has never seen reads as zero, unless ``absent_row`` says otherwise. Only
+        distinct ids travel.
+
+        Args:
+            step: the step that reads.
+            batch: this rank's events.
+            items_of_users, users_of_items: their histories.
         """
         item_ids_M, item_slots_bN = distinct(items_of_users)
         user_ids_M, user_slots_bN = distinct(users_of_items)
@@ -92,24 +105,45 @@ class Representations:
         self.num_distinct += len(item_ids_M) + len(user_ids_M)
         rows = self.client.fetch(step, {ITEM: item_ids_M, USER: user_ids_M})
         return EncoderInputs(
-            items_of_users_BSD=self._spread(rows[ITEM].rows, item_slots_bN, items_of_users),
+            items_of_users_BSD=self._spread(
+                self._rows_of(ITEM, item_ids_M, rows[ITEM]), item_slots_bN, items_of_users
+            ),
             user_lengths_B=torch.from_numpy(items_of_users.lengths_B).to(self.device),
-            users_of_items_BSD=self._spread(rows[USER].rows, user_slots_bN, users_of_items),
+            users_of_items_BSD=self._spread(
+                self._rows_of(USER, user_ids_M, rows[USER]), user_slots_bN, users_of_items
+            ),
             item_lengths_B=torch.from_numpy(users_of_items.lengths_B).to(self.device),
+            user_identity_BD=self.empty_slots(USER, batch.user),
+            item_identity_BD=self.empty_slots(ITEM, batch.item),
         )
+
+    def empty_slots(self, side: str, ids_M: npt.NDArray[np.int64]) -> Tensor | None:
+        """Returns what fills the empty slots of entities (M, D); None for zero."""
+        return self._identity(side, ids_M) if self.empty_slot == "identity" else None
+
+    def _identity(self, side: str, ids_M: npt.NDArray[np.int64]) -> Tensor:
+        width = self.client.tables[side].width
+        rows_MD = identity_rows(ids_M, width, salt=SALTS[side])
+        return torch.from_numpy(rows_MD).to(self.device, self.dtype)
+
+    def _rows_of(self, side: str, ids_M: npt.NDArray[np.int64], fetched: FetchedRows) -> Tensor:
+        rows_MD = torch.from_numpy(fetched.rows).to(self.device, self.dtype)
+        if self.absent_row == "identity" and not fetched.found.all():
+            absent = torch.from_numpy(~fetched.found).to(self.device)
+            rows_MD[absent] = self._identity(side, ids_M[~fetched.found])
+        return rows_MD
 
     def _spread(
         self,
-        rows_MD: npt.NDArray[np.floating],
+        rows_MD: Tensor,
         slots_bN: npt.NDArray[np.int64],
         histories: Histories,
     ) -> Tensor:
         """Returns (b, S, D): S is as small as the longest history of the slice allows."""
         num_slots = min(slots_bN.shape[1], int(histories.lengths_B.max(initial=0)) + 1)
-        rows = torch.from_numpy(rows_MD).to(self.device, self.dtype)
-        if len(rows) == 0:  # no history in the whole slice
-            return rows.new_zeros(len(slots_bN), num_slots, rows.shape[1])
-        return rows[torch.from_numpy(slots_bN[:, :num_slots]).to(self.device)]
+        if len(rows_MD) == 0:  # no history in the whole slice
+            return rows_MD.new_zeros(len(slots_bN), num_slots, rows_MD.shape[1])
+        return rows_MD[torch.from_numpy(slots_bN[:, :num_slots]).to(self.device)]
 
     def fetch_items(self, step: int, ids_M: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         """Returns the representations (M, D) of items and which of them the cache knows (M,)."""

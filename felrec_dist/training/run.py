@@ -133,7 +133,7 @@ def run_evaluation(
     trainer = Trainer(config, dataset, client, world, progress)
     result = trainer.test(checkpoint, protocol)
     if world.is_first:
-        chance = trainer.model.chance_loss()
+        chance = trainer.model.chance_loss(config.data.batch_size)
         _write_report(
             config,
             dataset,

@@ -47,7 +47,7 @@ class TrainingStep:
         with self.clock("histories"):
             items_of_users, users_of_items = self.histories.read(mine)
         with self.clock("fetch"):
-            inputs = self.representations.fetch(step, items_of_users, users_of_items)
+            inputs = self.representations.fetch(step, mine, items_of_users, users_of_items)
         with self.clock("encode"):
             output = self.forward(inputs)
         with self.clock("backward"):

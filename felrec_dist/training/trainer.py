@@ -144,6 +144,8 @@ class Trainer:
             storage=STORAGE_DTYPES[config.cache.storage],
             dtype=dtype,
             device=world.device,
+            empty_slot=config.model.empty_slot,
+            absent_row=config.model.absent_row,
             written_shards=tuple(range(world.rank, config.cache.num_shards, world.world_size)),
         )
         self.exchange = Exchange(world)
@@ -209,7 +211,7 @@ class Trainer:
             log.evaluation("test", position.global_step, test.metrics(), k=config.evaluation.k)
         finally:
             log.close()
-        chance = self.model.chance_loss()
+        chance = self.model.chance_loss(config.data.batch_size)
         return RunResult(
             best=position.best,
             checkpoint_url=url,
@@ -387,7 +389,7 @@ class _StepMeter:
             self.epoch * trainer.steps_per_epoch + step + 1,
             user_loss=user_loss,
             item_loss=item_loss,
-            chance_loss=trainer.model.chance_loss(),
+            chance_loss=trainer.model.chance_loss(trainer.config.data.batch_size),
             learning_rate=rate,
             gradient_norm=_gradient_norm(trainer.model),
             events_per_s=self.events / max(sum(seconds.values()), 1e-9),
