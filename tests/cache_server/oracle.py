@@ -27,7 +27,8 @@ class DictCache:
     def fetch(self, keys: Iterable[int]) -> tuple[Rows, NDArray[np.bool_]]:
         rows = [self.rows.get(int(key), (0, self._zeros))[1] for key in keys]
         found = [int(key) in self.rows for key in keys]
-        return np.array(rows).reshape(len(rows), self._zeros.size), np.array(found, np.bool_)
+        shape = (len(rows), self._zeros.size)
+        return np.array(rows, self._zeros.dtype).reshape(shape), np.array(found, np.bool_)
 
     def digest(self) -> int:
         return sum(row_hash(key, *self.rows[key]) for key in self.rows) & _MASK

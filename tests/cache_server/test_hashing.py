@@ -81,7 +81,9 @@ def test_first_outside_finds_the_first_foreign_key() -> None:
 
 @pytest.mark.parametrize("num_shards", [0, -1, 4097])
 def test_a_wrong_number_of_shards_is_refused(num_shards: int) -> None:
-    with pytest.raises(CacheError, match=r"cut into that many shards(?s:.*)got: " + str(num_shards)):
+    with pytest.raises(
+        CacheError, match=r"cut into that many shards(?s:.*)got: " + str(num_shards)
+    ):
         shard_of_buckets(num_shards)
 
 

@@ -61,7 +61,9 @@ def test_a_waiting_fetch_learns_that_its_generation_is_over(whole: ShardService)
         fetch = pool.submit(whole.fetch, request(3), 10.0)
         assert not wait_for_futures([fetch], 0.1).done
         whole.clear(1, 0, 1.0)
-        with pytest.raises(CacheError, match=r"fetch of step 3 belongs to a generation that is over"):
+        with pytest.raises(
+            CacheError, match=r"fetch of step 3 belongs to a generation that is over"
+        ):
             fetch.result(5)
 
 

@@ -232,7 +232,9 @@ def test_a_key_of_another_shard_is_refused_and_nothing_is_stored() -> None:
         return TableWrite(which, which, np.ones((which.size, 1), np.float32))
 
     mixed = np.concatenate([mine, foreign[:1]])
-    with pytest.raises(CacheError, match=rf"not own(?s:.*)shard 0 of 2.*table b(?s:.*){foreign[0]}"):
+    with pytest.raises(
+        CacheError, match=rf"not own(?s:.*)shard 0 of 2.*table b(?s:.*){foreign[0]}"
+    ):
         shard.write(WriteBatch(0, 0, {"a": write(mine), "b": write(mixed)}))
     assert shard.digest() == {"a": 0, "b": 0}
     assert shard.received_step == -1

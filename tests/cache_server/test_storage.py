@@ -47,7 +47,7 @@ def test_bfloat16_rounds_as_torch_does(rows: np.ndarray) -> None:
 
 
 def test_every_nan_stays_nan_in_bfloat16() -> None:
-    # All mantissa bits in the lower half, or all ones: truncation gives infinity, rounding gives -0.
+    # Mantissa bits in the lower half only, or all ones: truncated infinite, rounded a zero.
     bits = np.array([[0x7F800001, 0x7FFFFFFF, 0xFFFFFFFF, 0xFF800001, 0x7FC00000]], np.uint32)
     decoded = decode(encode(bits.view(np.float32), "bfloat16"), "bfloat16")
     assert np.isnan(decoded).all()
