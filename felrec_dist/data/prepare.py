@@ -7,7 +7,9 @@ over all events, which would not spill: the neighbour index of a side *is* the e
 offset minus the first one of its entity.
 
 The data set is built in a folder of its own and appears under its name only when it is whole: a
-local folder by renaming, a remote one by uploading with ``dataset.json`` last.
+local folder by renaming, a remote one by uploading with ``dataset.json`` last. Any error removes
+what was written; only a process that is killed leaves a ``felrec-prepare-*`` and a ``.*.partial``
+folder beside the output, to be deleted by hand.
 """
 
 from __future__ import annotations

@@ -327,6 +327,14 @@ def test_a_taken_folder_is_left_alone(tmp_path: Path) -> None:
     assert files_of(tmp_path) == before
 
 
+def test_a_taken_folder_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    prepare_rows(some_rows(), tmp_path)
+    calls: list[str] = []
+    with pytest.raises(DatasetError, match="output folder is taken"):
+        prepare_rows(some_rows(), tmp_path, progress=lambda stage, *_: calls.append(stage))
+    assert calls == []
+
+
 def test_overwrite_replaces_a_data_set(tmp_path: Path) -> None:
     old = prepare_rows(some_rows(), tmp_path)
     new = prepare_rows(some_rows(50), tmp_path, overwrite=True)

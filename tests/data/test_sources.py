@@ -179,6 +179,7 @@ def test_files_are_numbered_in_the_order_of_their_names(tmp_path: Path) -> None:
 
 def test_gzip_and_glob_characters_in_a_name(tmp_path: Path) -> None:
     path = tmp_path / "it's [1] *.csv.gz"
+    (tmp_path / "it's 1 x.csv.gz").write_bytes(gzip.compress(b"u,i,t\n7,7,7\n"))
     path.write_bytes(gzip.compress(b"u,i,t\n1,1,1\n2,2,2\n3,3,3\n"))
     _, batch = prepared(csv_source(path), tmp_path / "out")
     assert batch.user.tolist() == [1, 2, 3]
