@@ -1,10 +1,9 @@
 """Raw events to a prepared data set: sort, number, index, split, write; all or nothing.
 
 DuckDB does what grows with the data, within a memory limit and a folder to spill to. Nothing here
-is a window
-over all events, which would not spill: the neighbour index of a side *is* the events sorted by
-(entity, position), so an event's offset is its row number there, and its history's length is that
-offset minus the first one of its entity.
+is a window over all events, which would not spill: the neighbour index of a side *is* the events
+sorted by (entity, position), so an event's offset is its row number there, and its history's length
+is that offset minus the first one of its entity.
 
 The data set is built in a folder of its own and appears under its name only when it is whole: a
 local folder by renaming, a remote one by uploading with ``dataset.json`` last. Any error removes
@@ -88,7 +87,7 @@ def prepare(
         name: of the data set, for reports.
         memory_limit: of DuckDB, such as ``"2GB"``; what does not fit goes to ``temp_dir``.
         part_events, row_group_events: events a file, and a row group of it.
-        temp_dir: room for about 250 bytes an event; the default is the folder of a local ``out``
+        temp_dir: room for about 100 bytes an event; the default is the folder of a local ``out``
             and the system's folder otherwise.
         storage_options: what fsspec needs for ``out``.
         overwrite: replace a prepared data set at ``out``; any other folder is left alone.
