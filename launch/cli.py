@@ -182,11 +182,12 @@ def synthesize(
     out: Annotated[Path, typer.Argument(help="the Parquet file to write")],
     num_events: Annotated[int, typer.Option(help="exact")] = 100_000,
     num_users: Annotated[int, typer.Option(help="the population")] = 3_000,
-    num_items: Annotated[int, typer.Option(help="the population")] = 2_000,
+    num_items: Annotated[int, typer.Option(help="the population")] = 5_000,
     seed: Annotated[int, typer.Option(help="the same seed, the same file")] = 0,
-    num_tastes: Annotated[int, typer.Option(help="latent groups of items")] = 20,
-    taste_strength: Annotated[float, typer.Option(help="how often taste decides, 0 to 1")] = 0.75,
+    num_tastes: Annotated[int, typer.Option(help="latent groups of items")] = 16,
+    taste_strength: Annotated[float, typer.Option(help="how often taste decides, 0 to 1")] = 0.85,
     popularity_skew: Annotated[float, typer.Option(help="exponent of Zipf's law")] = 0.8,
+    closedness: Annotated[float, typer.Option(help="of communities, 0 to 1")] = 0.0,
     days: Annotated[float, typer.Option(help="from the first event to the last")] = 365.0,
 ) -> None:
     """Write synthetic interactions: users and items keep arriving, popularity is skewed and ages."""
@@ -201,6 +202,7 @@ def synthesize(
         num_tastes=num_tastes,
         taste_strength=taste_strength,
         popularity_skew=popularity_skew,
+        closedness=closedness,
         days=days,
     )
     with _stages() as report:

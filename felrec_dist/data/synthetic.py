@@ -66,9 +66,9 @@ ACTIVE_DAYS_SIGMA = 0.8
 # What an item keeps of its popularity for good.
 EVERGREEN_SHARE = 0.03
 TASTES_PER_USER = 3
-# A user's first taste gets half of the sessions, the second 0.3, the third 0.2.
-TASTE_SHARES = (0.5, 0.3, 0.2)
-SECOND_TASTE_AFFINITY = 0.15
+# Of the sessions of a user in open communities, those of the first, second and third taste.
+OPEN_TASTE_SHARES = (0.5, 0.3, 0.2)
+OPEN_SECOND_AFFINITY = 0.15
 # Within a session, how often an event follows the session's taste and not the user's mixture.
 SESSION_FOCUS = 0.8
 MEAN_SESSION_EVENTS = 5.0
@@ -97,6 +97,8 @@ class SyntheticConfig:
         popularity_skew: exponent of the Zipf law of popularity; 0 makes all items equal.
         user_active_days: after which a user's activity has fallen to 1 / e (median over users).
         item_active_days: after which an item's popularity has fallen to 1 / e (median over items).
+        closedness: of the communities around the tastes. 0: a user has three tastes and an item
+            leans to a second one; 1: users and items have one only, as if tastes were languages.
     """
 
     num_events: int = 100_000
@@ -109,6 +111,18 @@ class SyntheticConfig:
     popularity_skew: float = 0.8
     user_active_days: float = 270.0
     item_active_days: float = 180.0
+    closedness: float = 0.0
+
+    @property
+    def taste_shares(self) -> tuple[float, ...]:
+        """The shares of a user's first, second and third taste in its sessions; they sum to 1."""
+        first, *others = ((1 - self.closedness) * share for share in OPEN_TASTE_SHARES)
+        return (first + self.closedness, *others)
+
+    @property
+    def second_affinity(self) -> float:
+        """How much an item belongs to its second taste; the rest is its first."""
+        return (1 - self.closedness) * OPEN_SECOND_AFFINITY
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -130,6 +144,8 @@ class SyntheticConfig:
                 self._refuse(name, "from 0.001 to 36500 (a hundred years)")
         if not 0 <= self.taste_strength <= 1:
             self._refuse("taste_strength", "from 0 to 1")
+        if not 0 <= self.closedness <= 1:
+            self._refuse("closedness", "from 0 to 1")
         if not 0 <= self.popularity_skew <= 4:
             self._refuse("popularity_skew", "from 0 to 4")
 
@@ -293,7 +309,7 @@ def _in_order(slots: Iterator[tuple[int, _Columns]]) -> Iterator[_Columns]:
 
 def _slots(config: SyntheticConfig) -> Iterator[tuple[int, _Columns]]:
     population = draw_population(config)
-    shelves = _Shelves.of(population, config.num_tastes)
+    shelves = _Shelves.of(population, config)
     clock = _Clock.over(config.days)
     num_slots = max(
         1,
@@ -324,14 +340,14 @@ def _draw_slot(
     lengths_S = _session_lengths(random, num_events)
     num_sessions = len(lengths_S)
     user_S = _pick(np.cumsum(population.activity(begin)), random.random(num_sessions))
-    taste_S = _draw_tastes(random, population, user_S)
+    taste_S = _draw_tastes(random, config, population, user_S)
     start_S = clock.milliseconds(begin + (end - begin) * random.random(num_sessions))
 
     session_E = np.repeat(np.arange(num_sessions), lengths_S)
     user_E = user_S[session_E]
     taste_E = taste_S[session_E]
     wanders_E = random.random(num_events) >= SESSION_FOCUS
-    taste_E[wanders_E] = _draw_tastes(random, population, user_E[wanders_E])
+    taste_E[wanders_E] = _draw_tastes(random, config, population, user_E[wanders_E])
     # Events that taste does not decide take the range of all tastes together.
     taste_E[random.random(num_events) >= config.taste_strength] = config.num_tastes
     item_E = shelves.draw(population.popularity(begin), taste_E, random.random(num_events))
@@ -363,13 +379,13 @@ class _Shelves:
     bounds: NDArray[np.int64]
 
     @classmethod
-    def of(cls, population: Population, num_tastes: int) -> _Shelves:
+    def of(cls, population: Population, config: SyntheticConfig) -> _Shelves:
         taste = population.item_tastes.ravel()
         order = np.argsort(taste, kind="stable")
         return cls(
             item=order // 2,
-            affinity=np.array([1 - SECOND_TASTE_AFFINITY, SECOND_TASTE_AFFINITY])[order % 2],
-            bounds=np.searchsorted(taste[order], np.arange(num_tastes + 1)),
+            affinity=np.array([1 - config.second_affinity, config.second_affinity])[order % 2],
+            bounds=np.searchsorted(taste[order], np.arange(config.num_tastes + 1)),
         )
 
     def draw(
@@ -429,10 +445,13 @@ def _session_lengths(random: np.random.Generator, num_events: int) -> NDArray[np
 
 
 def _draw_tastes(
-    random: np.random.Generator, population: Population, user: NDArray[np.int64]
+    random: np.random.Generator,
+    config: SyntheticConfig,
+    population: Population,
+    user: NDArray[np.int64],
 ) -> NDArray[np.int64]:
     """One of the tastes of each user, (E,)."""
-    choice = _pick(np.cumsum(TASTE_SHARES), random.random(len(user)))
+    choice = _pick(np.cumsum(config.taste_shares), random.random(len(user)))
     return population.user_tastes[user, choice].astype(np.int64)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
@@ -14,12 +15,19 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
 class TrainingConfig(Section):
-    """SGD as in the paper; the defaults are its values."""
+    """SGD with momentum as in the paper; the defaults are its values."""
 
     schedule: ScheduleConfig = ScheduleConfig()
-    momentum: float = Field(0.9, ge=0.0, lt=1.0)
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    momentum: float = Field(0.9, ge=0.0, lt=1.0, description="SGD only")
     grad_clip_value: float = Field(1.0, gt=0.0, description="each gradient element is clipped")
     seed: int = Field(0, ge=0)
     dtype: Literal["float32", "float64"] = Field(
         "float32", description="of the model and of what the ranks exchange"
     )
+
+    def build_optimizer(self, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        """Returns the optimizer; each step sets its learning rate from the schedule."""
+        if self.optimizer == "adam":
+            return torch.optim.Adam(parameters, lr=self.schedule.base_lr)
+        return torch.optim.SGD(parameters, lr=self.schedule.base_lr, momentum=self.momentum)

@@ -133,11 +133,7 @@ class Trainer:
             if world.world_size > 1
             else self.model
         )
-        self.optimizer = torch.optim.SGD(
-            self.model.parameters(),
-            lr=config.training.schedule.base_lr,
-            momentum=config.training.momentum,
-        )
+        self.optimizer = config.training.build_optimizer(self.model.parameters())
         histories = HistoryReader(dataset, config.model.encoder.history_length)
         self.representations = Representations(
             client,
@@ -280,7 +276,7 @@ class Trainer:
                 config=self.config.model_dump(mode="json"),
                 dataset_digest=self.dataset.digest,
                 model=self.model.state_dict(),
-                optimizer=self._momentum(),
+                optimizer=self._optimizer_state(),
                 cache_parts=self.client.snapshot(f"{url}/{CACHE_FOLDER}", position.cache_step),
             )
             self.store.keep({epoch, position.best.epoch})
@@ -298,9 +294,7 @@ class Trainer:
             )
         _check_same_experiment(checkpoint, self.config)
         self.model.load_state_dict(checkpoint.model)
-        for name, parameter in self.model.named_parameters():
-            momentum = checkpoint.optimizer[name].to(parameter)
-            self.optimizer.state[parameter] = {"momentum_buffer": momentum}
+        self._load_optimizer(checkpoint.optimizer)
         if with_cache:
             # A life of its own, after those of all epochs.
             generation = self.config.training.schedule.epochs + 1
@@ -350,11 +344,21 @@ class Trainer:
         entropy = [self.config.training.seed, epoch, step, self.world.rank]
         torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1))
 
-    def _momentum(self) -> dict[str, Tensor]:
+    def _optimizer_state(self) -> dict[str, Tensor]:
+        """Returns the optimizer's tensors as ``<parameter>:<name of the state>``."""
         return {
-            name: self.optimizer.state[parameter]["momentum_buffer"]
+            f"{name}:{key}": value
             for name, parameter in self.model.named_parameters()
+            for key, value in self.optimizer.state[parameter].items()
         }
+
+    def _load_optimizer(self, state: Mapping[str, Tensor]) -> None:
+        parameters = dict(self.model.named_parameters())
+        for full_name, value in state.items():
+            name, key = full_name.split(":")
+            # Adam counts its steps on the CPU, in float32, whatever the model is.
+            tensor = value.clone() if key == "step" else value.to(parameters[name])
+            self.optimizer.state[parameters[name]][key] = tensor
 
 
 class _StepMeter:

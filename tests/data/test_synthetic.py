@@ -16,9 +16,8 @@ from numpy.typing import NDArray
 from felrec_dist.data import synthetic
 from felrec_dist.data.synthetic import (
     DAY_MS,
-    SECOND_TASTE_AFFINITY,
     START_MS,
-    TASTE_SHARES,
+    OPEN_TASTE_SHARES,
     Population,
     SyntheticConfig,
     draw_population,
@@ -260,18 +259,20 @@ def test_ids_are_arbitrary_and_distinct(events: Events, population: Population) 
     assert np.array_equal(other.item_keys, population.item_keys[:20])
 
 
-def test_items_are_drawn_with_the_stated_probability() -> None:
-    config = SyntheticConfig(num_items=40, num_tastes=5, seed=3)
+@pytest.mark.parametrize("closedness", [0.0, 0.9])
+def test_items_are_drawn_with_the_stated_probability(closedness: float) -> None:
+    config = SyntheticConfig(num_items=40, num_tastes=5, seed=3, closedness=closedness)
+    second_affinity = 0.15 * (1 - closedness)
     population = draw_population(config)
     now = 0.5
     popularity = population.popularity(now)
     affinity = np.zeros((40, 5))
     for item, (main, second) in enumerate(population.item_tastes):
-        affinity[item, main] += 1 - SECOND_TASTE_AFFINITY
-        affinity[item, second] += SECOND_TASTE_AFFINITY
+        affinity[item, main] += 1 - second_affinity
+        affinity[item, second] += second_affinity
     assert (popularity == 0).any()
 
-    shelves = synthetic._Shelves.of(population, 5)
+    shelves = synthetic._Shelves.of(population, config)
     random = np.random.default_rng(0)
     draws = 200_000
     for taste in range(6):
@@ -284,23 +285,31 @@ def test_items_are_drawn_with_the_stated_probability() -> None:
         assert np.all(np.abs(share - expected) <= 5 * deviation)
 
 
-def test_events_follow_the_formula_at_the_head_of_the_module() -> None:
-    config = SyntheticConfig(num_users=1, num_items=40, num_tastes=5, seed=5)
+@pytest.mark.parametrize(
+    ("closedness", "shares"), [(0.0, (0.5, 0.3, 0.2)), (0.9, (0.95, 0.03, 0.02))]
+)
+def test_events_follow_the_formula_at_the_head_of_the_module(
+    closedness: float, shares: tuple[float, ...]
+) -> None:
+    config = SyntheticConfig(
+        num_users=1, num_items=40, num_tastes=5, seed=5, closedness=closedness
+    )
+    second_affinity = 0.15 * (1 - closedness)
     population = draw_population(config)
     now, draws = 0.5, 200_000
-    assert len(np.unique(population.user_tastes[0])) == len(TASTE_SHARES)
+    assert len(np.unique(population.user_tastes[0])) == len(shares)
     popularity = population.popularity(now)
     expected: NDArray[np.float64] = (1 - config.taste_strength) * popularity / popularity.sum()
-    for taste, share in zip(population.user_tastes[0], TASTE_SHARES, strict=True):
+    for taste, share in zip(population.user_tastes[0], shares, strict=True):
         weight = popularity * (
-            (1 - SECOND_TASTE_AFFINITY) * (population.item_tastes[:, 0] == taste)
-            + SECOND_TASTE_AFFINITY * (population.item_tastes[:, 1] == taste)
+            (1 - second_affinity) * (population.item_tastes[:, 0] == taste)
+            + second_affinity * (population.item_tastes[:, 1] == taste)
         )
         expected += config.taste_strength * share * weight / weight.sum()
     slot = synthetic._draw_slot(
         config,
         population,
-        synthetic._Shelves.of(population, 5),
+        synthetic._Shelves.of(population, config),
         synthetic._Clock.over(config.days),
         np.random.default_rng(0),
         now,
@@ -337,7 +346,7 @@ def test_a_taste_without_items_stands_for_all() -> None:
     config = SyntheticConfig(num_items=3, num_tastes=100)
     population = draw_population(config)
     empty = np.setdiff1d(np.arange(100), population.item_tastes)
-    shelves = synthetic._Shelves.of(population, 100)
+    shelves = synthetic._Shelves.of(population, SyntheticConfig(num_tastes=100))
     chance = np.random.default_rng(0).random(1000)
     everything = shelves.draw(np.ones(3), np.full(1000, 100), chance)
     assert set(everything.tolist()) == {0, 1, 2}
@@ -363,7 +372,7 @@ def ranks_of_the_last_tenth(events: Events, population: Population) -> dict[str,
     item_affinity = np.full((num_items, num_tastes), 0.02)
     item_affinity[np.arange(num_items), population.item_tastes[:, 0]] += 1.0
     user_affinity = np.full((len(population.user_keys), num_tastes), 0.02)
-    for column, share in enumerate(TASTE_SHARES):
+    for column, share in enumerate(OPEN_TASTE_SHARES):
         np.add.at(
             user_affinity,
             (np.arange(len(population.user_keys)), population.user_tastes[:, column]),
