@@ -1,10 +1,8 @@
-"""Raw interaction files: how each published layout is read, and what is wrong with a file that is
-not.
+"""Raw interaction files: how each published layout is read, and what is wrong with a bad file.
 
 A source becomes the DuckDB table ``raw(user, item, timestamp)`` whose row number is the event id:
 files in the order of :meth:`RawSource.resolve`, rows in file order. Every row is an event; ratings
-are not looked at. Nothing is
-guessed from a sample: ids count as integers only if all of them are.
+are not looked at. Nothing is guessed from a sample: ids count as integers only if all of them are.
 """
 
 from __future__ import annotations
