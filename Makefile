@@ -1,0 +1,28 @@
+# Each target does all the set-up it needs.
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+
+.PHONY: setup demo test lint
+setup: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml launch/install.sh launch/constraints.txt
+	launch/install.sh $(VENV)
+	touch $@
+
+# Raw interactions in, a trained and evaluated FELRec out: at most five minutes on two cores.
+demo: $(INSTALLED)
+	rm -rf data/demo runs/demo
+	$(BIN)/felrec synthesize data/demo/raw.parquet --num-events 60000 --num-users 800 --num-items 600 \
+		--num-tastes 6 --taste-strength 0.99 --closedness 0.92
+	$(BIN)/felrec prepare parquet data/demo/raw.parquet --out data/demo/prepared --name demo \
+		--user user --item item --timestamp timestamp --timestamp-unit ms
+	$(BIN)/felrec train configs/demo.yaml
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
