@@ -77,6 +77,10 @@ def test_first_outside_finds_the_first_foreign_key() -> None:
     assert first_outside(mine, start, stop) == -1
     assert first_outside(np.concatenate([mine[:5], other[:1], mine[5:], other]), start, stop) == 5
     assert first_outside(keys, 0, NUM_BUCKETS) == -1
+    bucket = int(bucket_of(keys[:1])[0])
+    assert first_outside(keys[:1], bucket, bucket + 1) == -1
+    assert first_outside(keys[:1], bucket - 1, bucket) == 0
+    assert first_outside(keys[:1], bucket + 1, bucket + 2) == 0
 
 
 @pytest.mark.parametrize("num_shards", [0, -1, 4097])

@@ -151,6 +151,9 @@ def test_waiting_fetches_leave_room_for_the_writes(handles: ShardHandles) -> Non
     with ThreadPoolExecutor(8) as pool:
         fetches = [pool.submit(client_of(handles).fetch, 3, {"item": KEYS[:100]}) for _ in range(8)]
         assert not wait_for_futures(fetches, 0.5).done
+        transport = RayTransport(handles)
+        replies = transport.wait([transport.submit(shard, "fence") for shard in (0, 1)], 10.0)
+        assert [reply.value.received_step for reply in replies] == [-1, -1]
         writer = client_of(handles)
         for step in [2, 0, 1]:
             writer.write_back(step, {})
@@ -195,7 +198,12 @@ def test_shards_that_find_no_place_are_named(ray_session: None) -> None:
     with pytest.raises(
         CacheTimeoutError, match=r"did not start(?s:.*)shards \[0, 1\] of 2(?s:.*)'CPU': 50.0"
     ):
-        create_shard_actors(TABLES, 2, num_cpus=50, timeout_s=0.5)
+        create_shard_actors(TABLES, 2, num_cpus=50, timeout_s=0.5, name="late")
+    # They must not start later, when room is found, and hold memory that nobody knows of.
+    deadline = time.monotonic() + 10
+    while ray.util.list_named_actors() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert ray.util.list_named_actors() == []
 
 
 def test_a_placement_group_and_names(ray_session: None) -> None:
@@ -230,7 +238,8 @@ def test_a_dead_shard_is_named_and_never_comes_back_empty(ray_session: None) -> 
         waiting = pool.submit(client_of(handles).fetch, 2, {"item": keys})
         assert not wait_for_futures([waiting], 0.3).done
         began = time.monotonic()
-        ray.kill(handles.actors[1])
+        # As a crash: Ray may restart the actor if its options let it.
+        ray.kill(handles.actors[1], no_restart=False)
         with pytest.raises(ShardLostError, match=r"fetch of step 2(?s:.*)shard 1 of 2"):
             waiting.result(20)
         assert time.monotonic() - began < 10

@@ -126,6 +126,27 @@ def test_a_write_waits_for_running_fetches_with_a_limit(
     assert whole.fence() == Fence(0, 0)
 
 
+def test_a_fetch_waits_for_a_running_write_with_a_limit(
+    whole: ShardService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inside, go_on = threading.Event(), threading.Event()
+    write = CacheShard.write
+
+    def slow_write(shard: CacheShard, batch: WriteBatch) -> None:
+        inside.set()
+        assert go_on.wait(10)
+        write(shard, batch)
+
+    monkeypatch.setattr(CacheShard, "write", slow_write)
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(whole.write, batch(0), 5.0)
+        assert inside.wait(5)
+        with pytest.raises(CacheTimeoutError, match=r"fetch of step 0 waited 0.1 s"):
+            whole.fetch(request(0), 0.1)
+        go_on.set()
+        running.result(5)
+
+
 def test_many_readers_and_writers_see_whole_rows_in_order(whole: ShardService) -> None:
     num_steps = 60
 

@@ -73,6 +73,17 @@ def test_a_snapshot_restores_into_any_number_of_shards(
         target.fetch(5, {"user": KEYS})
 
 
+def test_a_restore_forgets_the_writes_of_the_run_that_failed() -> None:
+    prefix = f"memory://{uuid4()}"
+    client = filled(1)
+    parts = client.snapshot(prefix)
+    client._generation = 4  # a generation that no shard has begun
+    client.write_back(3, {})
+    client.restore(prefix, parts, 5, 3)
+    client.flush()
+    assert client.digest() == filled(1).digest()
+
+
 def test_local_files_and_the_manifest_as_json(tmp_path: Path) -> None:
     source = filled(2)
     prefix = tmp_path / "new" / "folder"
