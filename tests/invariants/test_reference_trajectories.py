@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -37,21 +35,22 @@ def trajectory(request: pytest.FixtureRequest) -> Trajectory:
     return chosen
 
 
-@pytest.fixture
-def dataset(trajectory: Trajectory, tmp_path: Path) -> PreparedDataset:
+def prepare_events(trajectory: Trajectory, folder: Path) -> PreparedDataset:
+    """The events of a trajectory as a prepared data set."""
     source = RawSource.parquet(
         trajectory.events_path, user="user", item="item", timestamp="timestamp", timestamp_unit="s"
     )
     return prepare(
         source,
-        str(tmp_path / "data"),
+        str(folder / "data"),
         name=trajectory.name,
         validation_fraction=trajectory.settings["val_fraction"],
         test_fraction=trajectory.settings["test_fraction"],
     )
 
 
-def test_in_process(trajectory: Trajectory, dataset: PreparedDataset, tmp_path: Path) -> None:
+def test_in_process(trajectory: Trajectory, tmp_path: Path) -> None:
+    dataset = prepare_events(trajectory, tmp_path)
     config = trajectory.config(dataset.url, str(tmp_path / "run"), num_shards=3)
     tables = config.cache.tables(config.model.encoder.width)
     transport = InProcessTransport(tables, num_shards=3, block_rows=config.cache.block_rows)
