@@ -78,17 +78,23 @@ def load_config(url: str, overrides: Sequence[str] = ()) -> ExperimentConfig:
         overrides: as ``training.schedule.base_lr=0.05``; values are YAML.
 
     Raises:
-        ConfigError: the file is missing or no YAML, a key is unknown, a value breaks a rule.
+        ConfigError: the file is missing, unreadable or no YAML, a key is unknown, a value breaks a
+            rule.
     """
     try:
         with fsspec.open(url, "r") as file:
-            tree = yaml.load(file, _Loader)  # noqa: S506 - a SafeLoader with other floats
+            tree = yaml.load(file, _Loader)
     except FileNotFoundError as error:
         raise ConfigError(
             "the config file does not exist", where=url, remedy="see configs/ for examples"
         ) from error
     except yaml.YAMLError as error:
         raise ConfigError("the config file is not YAML", where=url, got=error) from error
+    except (OSError, ValueError, ImportError) as error:
+        # A folder, no right to read, bytes that are no text, a URL of an unknown kind.
+        raise ConfigError(
+            "the config file cannot be read", where=url, got=f"{type(error).__name__}: {error}"
+        ) from error
     if not isinstance(tree, dict):
         raise ConfigError(
             "the config file holds no tree of keys",
@@ -142,7 +148,7 @@ def _override(tree: dict[str, Any], override: str) -> None:
             expected="key=value, as training.seed=1",
         )
     try:
-        value = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader with other floats
+        value = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise ConfigError("an override is not YAML", where=path, got=text) from error
     *parents, last = path.split(".")

@@ -190,7 +190,7 @@ def synthesize(
     closedness: Annotated[float, typer.Option(help="of communities, 0 to 1")] = 0.0,
     days: Annotated[float, typer.Option(help="from the first event to the last")] = 365.0,
 ) -> None:
-    """Write synthetic interactions: users and items keep arriving, popularity is skewed and ages."""
+    """Write synthetic interactions: users and items keep arriving, popularity is skewed."""
     from felrec_dist.data.synthetic import SyntheticConfig
     from felrec_dist.data.synthetic import synthesize as write
 
@@ -294,9 +294,9 @@ def _print_report(
     from felrec_dist.training.run import read_report, report_url
 
     report = read_report(experiment, protocol)
-    if report.last_epoch_loss is not None and report.chance_loss is not None:
+    if report.chance_loss is not None:
         console.print(
-            f"training loss of the last epoch {report.last_epoch_loss:.3f}, "
+            f"training loss of this epoch {report.training_loss:.3f}, "
             f"chance {report.chance_loss:.3f}",
             highlight=False,
         )

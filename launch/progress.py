@@ -1,4 +1,7 @@
-"""What a person watching a run sees: a bar with events/s and time left, or lines where there is no terminal."""
+"""What a person watching a run sees: a bar with events/s and time left.
+
+Where there is no terminal, lines.
+"""
 
 from __future__ import annotations
 
@@ -67,8 +70,12 @@ class TerminalProgress:
             left_s = (self._num_events - self._done) / max(rate, 1e-9)
             self.console.print(
                 f"{self._stage}: {self._done:,}/{self._num_events:,} events, {words}, "
-                f"{left_s:.0f} s left"
+                f"{left_s:.0f} s left",
+                markup=False,
+                highlight=False,
+                soft_wrap=True,
             )
 
     def say(self, line: str) -> None:
-        self.console.print(line, highlight=False)
+        # Paths may hold brackets, and a line that a program reads must stay one.
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)

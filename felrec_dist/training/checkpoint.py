@@ -7,15 +7,17 @@
                                  cache/*.arrow           a snapshot of each shard and table
                                  manifest.json           written last: it makes the rest valid
 
-The manifest lists size and SHA-256 of each file, and holds the config, the digest of the data set and the position of
-the run. Random states are not stored because none outlive a step: each step seeds its own stream from (seed, epoch,
-step, rank). Nothing is pickled.
+The manifest lists size and SHA-256 of each dense file and the parts of the snapshot, and holds the
+config, the digest of the data set, the position of the run, and a SHA-256 of itself. Random states
+are not stored because none outlive a step: each step seeds its own stream from (seed, epoch, step,
+rank). Nothing is pickled.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -32,6 +34,8 @@ FORMAT = "felrec-dist checkpoint"
 VERSION = 1
 MANIFEST = "manifest.json"
 CACHE_FOLDER = "cache"
+_FOLDER = re.compile(r"epoch-(\d{4,})")
+_GO_BACK = "remove this checkpoint and go back to an earlier one"
 
 
 @dataclass(frozen=True)
@@ -50,18 +54,20 @@ class RunPosition:
         epochs_done: epochs trained and validated.
         global_step: training steps of all epochs.
         cache_step: step of the cache's life that comes next, after the validation.
+        training_loss: mean total loss of the epoch just done.
         best: the best epoch, this one included.
     """
 
     epochs_done: int
     global_step: int
     cache_step: int
+    training_loss: float
     best: BestEpoch
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that was read whole and verified; the cache's rows stay in storage until restored."""
+    """A checkpoint, verified; the cache's rows stay in storage, and are verified when restored."""
 
     url: str
     position: RunPosition
@@ -94,10 +100,7 @@ class CheckpointStore:
         url = self.epoch_url(epoch)
         fs, path = fsspec.core.url_to_fs(url)
         if fs.exists(path):
-            # The manifest first: a half-removed checkpoint must not look whole.
-            if fs.exists(f"{path}/{MANIFEST}"):
-                fs.rm(f"{path}/{MANIFEST}")
-            fs.rm(path, recursive=True)
+            _remove(fs, path)
         fs.makedirs(f"{path}/{CACHE_FOLDER}", exist_ok=True)
         return url
 
@@ -137,8 +140,9 @@ class CheckpointStore:
             "files": files,
             "cache_parts": [asdict(part) for part in cache_parts],
         }
+        manifest["sha256"] = _sha256_of(manifest)
         content = json.dumps(manifest, indent=1).encode()
-        # One call writes the whole object; local files are moved into place so that no half is ever seen.
+        # One call writes the whole object; local files are moved into place: no half is ever seen.
         with fs.transaction:
             with fs.open(f"{path}/{MANIFEST}", "wb") as stream:
                 stream.write(content)
@@ -149,37 +153,32 @@ class CheckpointStore:
         fs.invalidate_cache()
         if not fs.exists(path):
             return None
-        folders = sorted(name.rstrip("/").rsplit("/", 1)[-1] for name in fs.ls(path, detail=False))
-        for folder in reversed(folders):
-            if folder.startswith("epoch-") and fs.exists(f"{path}/{folder}/{MANIFEST}"):
-                return f"{self.url}/{folder}"
+        for epoch in sorted(_epochs_in(fs, path), reverse=True):
+            url = self.epoch_url(epoch)
+            if fs.exists(f"{path}/{url.rsplit('/', 1)[-1]}/{MANIFEST}"):
+                return url
         return None
 
     def keep(self, epochs: set[int]) -> None:
         """Removes the checkpoints of all other epochs, their manifests first."""
         fs, path = fsspec.core.url_to_fs(self.url)
-        kept = {self.epoch_url(epoch).rsplit("/", 1)[-1] for epoch in epochs}
-        for name in fs.ls(path, detail=False):
-            folder = name.rstrip("/").rsplit("/", 1)[-1]
-            if folder.startswith("epoch-") and folder not in kept:
-                if fs.exists(f"{path}/{folder}/{MANIFEST}"):
-                    fs.rm(f"{path}/{folder}/{MANIFEST}")
-                fs.rm(f"{path}/{folder}", recursive=True)
+        for epoch in _epochs_in(fs, path) - epochs:
+            _remove(fs, f"{path}/{self.epoch_url(epoch).rsplit('/', 1)[-1]}")
 
 
 def read_checkpoint(url: str) -> Checkpoint:
     """Reads and verifies a checkpoint's manifest and dense state.
 
     Raises:
-        CheckpointError: there is none, it was not committed, it is of another version, or a file differs from what
-            the manifest says.
+        CheckpointError: there is none, it was not committed, it is of another version, or a file
+            differs from what the manifest says.
     """
     url = url.rstrip("/")
     fs, path = fsspec.core.url_to_fs(url)
     fs.invalidate_cache()
     try:
         manifest = json.loads(fs.cat_file(f"{path}/{MANIFEST}"))
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointError(
             "there is no committed checkpoint",
             where=url,
@@ -188,8 +187,10 @@ def read_checkpoint(url: str) -> Checkpoint:
             "one without a manifest was cut off while it was written",
         ) from error
     except ValueError as error:
+        raise _damaged_manifest(url, error) from error
+    except OSError as error:
         raise CheckpointError(
-            "the manifest of a checkpoint is damaged", where=f"{url}/{MANIFEST}", got=error
+            "a checkpoint cannot be read", where=url, got=f"{type(error).__name__}: {error}"
         ) from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise CheckpointError(
@@ -203,6 +204,9 @@ def read_checkpoint(url: str) -> Checkpoint:
             expected=VERSION,
             remedy="read it with the felrec-dist that wrote it",
         )
+    found = _sha256_of(manifest)
+    if manifest.get("sha256") != found:
+        raise _damaged_manifest(url, f"SHA-256 {found}, not the one it states")
     try:
         dense = {file["path"]: _read_dense(fs, path, url, file) for file in manifest["files"]}
         position = dict(manifest["position"])
@@ -216,21 +220,45 @@ def read_checkpoint(url: str) -> Checkpoint:
             cache_parts=[SnapshotPart(**part) for part in manifest["cache_parts"]],
         )
     except (KeyError, TypeError) as error:
-        raise CheckpointError(
-            "the manifest of a checkpoint is damaged",
-            where=f"{url}/{MANIFEST}",
-            got=f"{type(error).__name__}: {error}",
-        ) from error
+        raise _damaged_manifest(url, f"{type(error).__name__}: {error}") from error
+
+
+def _damaged_manifest(url: str, got: object) -> CheckpointError:
+    return CheckpointError(
+        "the manifest of a checkpoint is damaged",
+        where=f"{url}/{MANIFEST}",
+        got=got,
+        remedy=_GO_BACK,
+    )
+
+
+def _sha256_of(manifest: Mapping[str, Any]) -> str:
+    """Returns the digest of all that a manifest holds, but for the digest it states."""
+    facts = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _epochs_in(fs: Any, path: str) -> set[int]:
+    """Returns the epochs that have a folder, committed or not; other names are not ours."""
+    names = (name.rstrip("/").rsplit("/", 1)[-1] for name in fs.ls(path, detail=False))
+    matches = (_FOLDER.fullmatch(name) for name in names)
+    return {int(match[1]) for match in matches if match}
+
+
+def _remove(fs: Any, path: str) -> None:
+    """Removes a checkpoint, the manifest first: a half-removed one must not look whole."""
+    if fs.exists(f"{path}/{MANIFEST}"):
+        fs.rm(f"{path}/{MANIFEST}")
+    fs.rm(path, recursive=True)
 
 
 def _read_dense(fs: Any, path: str, url: str, file: Mapping[str, Any]) -> dict[str, Tensor]:
     where = f"{url}/{file['path']}"
-    remedy = "go back to an earlier checkpoint"
     try:
         content = fs.cat_file(f"{path}/{file['path']}")
     except FileNotFoundError as error:
         raise CheckpointError(
-            "a file of a checkpoint is missing", where=where, remedy=remedy
+            "a file of a checkpoint is missing", where=where, remedy=_GO_BACK
         ) from error
     if len(content) != file["bytes"]:
         raise CheckpointError(
@@ -238,7 +266,7 @@ def _read_dense(fs: Any, path: str, url: str, file: Mapping[str, Any]) -> dict[s
             where=where,
             got=f"{len(content)} bytes",
             expected=f"{file['bytes']} bytes",
-            remedy=remedy,
+            remedy=_GO_BACK,
         )
     found = hashlib.sha256(content).hexdigest()
     if found != file["sha256"]:
@@ -247,11 +275,14 @@ def _read_dense(fs: Any, path: str, url: str, file: Mapping[str, Any]) -> dict[s
             where=where,
             got=f"SHA-256 {found}",
             expected=f"SHA-256 {file['sha256']}",
-            remedy=remedy,
+            remedy=_GO_BACK,
         )
     try:
         return safetensors.torch.load(content)
     except SafetensorError as error:
         raise CheckpointError(
-            "a file of a checkpoint is no safetensors file", where=where, got=error, remedy=remedy
+            "a file of a checkpoint is no safetensors file",
+            where=where,
+            got=error,
+            remedy=_GO_BACK,
         ) from error

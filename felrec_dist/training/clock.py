@@ -12,8 +12,8 @@ PHASES = ("data", "histories", "fetch", "encode", "backward", "exchange", "write
 class PhaseClock:
     """Seconds of wall time for each phase since the last ``take``.
 
-    On a GPU a phase counts the time the host spends in it: kernels are launched in one phase and may be waited for in
-    a later one.
+    On a GPU a phase counts the time the host spends in it: kernels are launched in one phase and
+    may be waited for in a later one.
     """
 
     def __init__(self) -> None:

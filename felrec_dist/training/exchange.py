@@ -23,11 +23,14 @@ class Exchange:
         self.world = world
 
     def gather_batch(self, parts_bd: Sequence[Tensor], num_events: int) -> list[Tensor]:
-        """Returns each part for the whole batch, (B, d) in event order, on all ranks: one all-gather.
+        """Returns each part for the whole batch, (B, d) in event order, on all ranks.
+
+        It is one all-gather, whatever the number of parts.
 
         Args:
             parts_bd: tensors of this rank's slice, (b, d) of one dtype.
-            num_events: B; rank r holds the slice that ``slice_bounds`` gives it, which may be empty.
+            num_events: B; rank r holds the slice that ``slice_bounds`` gives it, which may be
+                empty.
         """
         world_size = self.world.world_size
         if world_size == 1:

@@ -11,11 +11,20 @@ from felrec_dist.evaluation.result import Metrics
 
 
 class RunLog:
-    """Scalars of one run; ranks other than the first write nothing."""
+    """Scalars of one run; ranks other than the first write nothing.
 
-    def __init__(self, run_url: str, *, is_writer: bool) -> None:
+    Args:
+        run_url: the run's folder.
+        is_writer: whether this rank writes.
+        steps_done: of a run that goes on; what it logged after them, before it was stopped, is
+            hidden.
+    """
+
+    def __init__(self, run_url: str, *, is_writer: bool, steps_done: int = 0) -> None:
         self.folder = f"{run_url.rstrip('/')}/tensorboard"
-        self._writer = SummaryWriter(self.folder) if is_writer else None
+        # Steps are counted from 1 here: a scalar stands at the number of steps that were done.
+        purge_step = steps_done + 1 if steps_done else None
+        self._writer = SummaryWriter(self.folder, purge_step=purge_step) if is_writer else None
 
     def steps(
         self,
@@ -64,7 +73,7 @@ class RunLog:
     def evaluation(
         self, part: str, global_step: int, metrics: Mapping[str, Metrics], *, k: int
     ) -> None:
-        """Logs normalized rank (0 best, 1 worst) and HR@k in percent of each partition that has events."""
+        """Logs normalized rank (0 best, 1 worst) and HR@k of each partition that has events."""
         self._write(
             {
                 f"{part}/{name}/{partition}": value

@@ -156,10 +156,11 @@ class Representations:
     def write_back(
         self, step: int, batch: EventBatch, user_BD: Tensor, item_BD: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Writes the whole batch's representations: of an id's events in the batch, the last one wins.
+        """Writes the whole batch's representations: of an id's events in it, the last one wins.
 
-        Every rank calls this with the same batch; each sends to the shards it is the writer of. Returns the
-        representations (B, D) as a later fetch will read them, rounded to the storage type.
+        Every rank calls this with the same batch; each sends to the shards it is the writer of.
+        Returns the representations (B, D) as a later fetch will read them, rounded to the storage
+        type.
         """
         stored_user_BD = user_BD.to(self.storage)
         stored_item_BD = item_BD.to(self.storage)
@@ -186,6 +187,6 @@ class Representations:
 
 
 def last_events(ids_B: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Returns the index of the last occurrence of each distinct id, in increasing order of index."""
+    """Returns the index of the last occurrence of each distinct id, in increasing order."""
     _, first_from_behind = np.unique(ids_B[::-1], return_index=True)
     return np.sort(len(ids_B) - 1 - first_from_behind).astype(np.int64)

@@ -1,4 +1,4 @@
-"""From a config to a trained, tested model and its report; the same code on one process and on Ray workers."""
+"""From a config to a trained, tested model and its report; the same on one process and on Ray."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from felrec_dist.training.world import World
 
 @dataclass(frozen=True)
 class TestReport:
-    """The test of a model beside the baselines that need no training, as ``evaluation/test-*.json`` holds it.
+    """The test of a model beside baselines that need no training: ``evaluation/test-*.json``.
 
     Attributes:
         model: name of the model's row.
@@ -38,7 +38,7 @@ class TestReport:
         k, num_negatives: of the hit rate.
         checkpoint_url: what was tested.
         epoch: the epoch that was tested, from 0.
-        last_epoch_loss: mean total loss of the run's last epoch; None where no epoch was trained.
+        training_loss: mean total loss of the epoch that was tested.
         chance_loss: the total loss when all logits are equal; None where there is none.
         rows: metrics by partition of each model.
     """
@@ -49,7 +49,7 @@ class TestReport:
     num_negatives: int
     checkpoint_url: str
     epoch: int
-    last_epoch_loss: float | None
+    training_loss: float
     chance_loss: float | None
     rows: dict[str, dict[str, Metrics]]
 
@@ -110,7 +110,7 @@ def run_training(
             config.evaluation.protocol,
             checkpoint_url=result.checkpoint_url,
             epoch=result.best.epoch,
-            last_epoch_loss=result.last_epoch_loss,
+            training_loss=result.training_loss,
             chance_loss=result.chance_loss,
         )
     world.barrier()
@@ -141,7 +141,7 @@ def run_evaluation(
             protocol,
             checkpoint_url=checkpoint.url,
             epoch=checkpoint.position.epochs_done - 1,
-            last_epoch_loss=None,
+            training_loss=checkpoint.position.training_loss,
             chance_loss=None if chance is None else 2 * chance,
         )
     world.barrier()
@@ -156,7 +156,7 @@ def _write_report(
     *,
     checkpoint_url: str,
     epoch: int,
-    last_epoch_loss: float | None,
+    training_loss: float,
     chance_loss: float | None,
 ) -> None:
     evaluation = config.evaluation
@@ -176,7 +176,7 @@ def _write_report(
         num_negatives=evaluation.num_negatives,
         checkpoint_url=checkpoint_url,
         epoch=epoch,
-        last_epoch_loss=last_epoch_loss,
+        training_loss=training_loss,
         chance_loss=chance_loss,
         rows={
             config.model.variant: metrics,

@@ -1,6 +1,7 @@
 """Learning rates (spec, "Learning rate").
 
-``step``, the default: linear warm-up from eta_min to base over the steps of the warm-up epochs, then cosine to eta_min.
+``step``, the default: linear warm-up from eta_min to base over the steps of the warm-up epochs,
+then cosine to eta_min.
 ``released``: set once per epoch as the authors' code does; epoch 0 runs at eta_min.
 """
 

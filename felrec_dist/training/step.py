@@ -42,7 +42,10 @@ class TrainingStep:
         self.world = exchange.world
 
     def __call__(self, batch: EventBatch, step: int, learning_rate: float) -> ModelOutput:
-        """Trains on the batch and returns this rank's part of the output; its losses are means over the slice."""
+        """Trains on the batch and returns this rank's part of the output.
+
+        Its losses are means over this rank's slice.
+        """
         mine = batch.slice(*slice_bounds(len(batch), self.world.rank, self.world.world_size))
         with self.clock("histories"):
             items_of_users, users_of_items = self.histories.read(mine)

@@ -1,11 +1,13 @@
 """A run: epochs of training and validation, the checkpoints, and the test of the best epoch.
 
-Every rank runs the same code; what only one must do (clear the cache, write files) the first rank does.
+Every rank runs the same code; what only one must do (clear the cache, write files) the first rank
+does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -72,7 +74,10 @@ class NoProgress:
 
 @dataclass(frozen=True)
 class EpochLosses:
-    """The whole batch's losses of each step of an epoch, equal on all ranks; (steps,) float64 each."""
+    """The whole batch's losses of each step of an epoch, equal on all ranks.
+
+    Both are (steps,) float64.
+    """
 
     user: npt.NDArray[np.float64]
     item: npt.NDArray[np.float64]
@@ -91,7 +96,7 @@ class RunResult:
         checkpoint_url: its checkpoint.
         validation: metrics of the validation of each epoch of this process, by partition.
         test: the test of the best epoch.
-        last_epoch_loss: mean total loss of the last epoch; None if no epoch was left to train.
+        training_loss: mean total loss of that epoch.
         chance_loss: the total loss when all logits are equal; None where there is no such value.
     """
 
@@ -99,7 +104,7 @@ class RunResult:
     checkpoint_url: str
     validation: list[dict[str, Metrics]]
     test: PartResult
-    last_epoch_loss: float | None
+    training_loss: float
     chance_loss: float | None
 
 
@@ -170,15 +175,18 @@ class Trainer:
         """Trains to the last epoch and tests the best one.
 
         Args:
-            resume: go on from the newest checkpoint of the run's folder, if there is one. Without it the folder must
-                hold no checkpoint.
+            resume: go on from the newest checkpoint of the run's folder, if there is one. Without
+                it the folder must hold no checkpoint.
         """
         config = self.config
-        log = RunLog(config.run.url, is_writer=self.world.is_first)
+        position = self._start(resume)
+        log = RunLog(
+            config.run.url,
+            is_writer=self.world.is_first,
+            steps_done=position.global_step if position else 0,
+        )
         try:
-            position = self._start(resume)
             validation: list[dict[str, Metrics]] = []
-            losses: EpochLosses | None = None
             num_epochs = config.training.schedule.epochs
             for epoch in range(position.epochs_done if position else 0, num_epochs):
                 stage = f"epoch {epoch + 1}/{num_epochs}"
@@ -195,15 +203,17 @@ class Trainer:
                 best = position.best if position else None
                 if best is None or rank < best.validation_rank:
                     best = BestEpoch(epoch, rank)
-                position = RunPosition(epoch + 1, global_step, cache_step, best)
+                loss = float(losses.total.mean())
+                position = RunPosition(epoch + 1, global_step, cache_step, loss, best)
                 self.save(epoch, position)
                 self.progress.say(
-                    f"{stage}: loss {losses.total.mean():.4f}, validation rank {rank:.4f}, "
+                    f"{stage}: loss {loss:.4f}, validation rank {rank:.4f}, "
                     f"HR@{config.evaluation.k} {100 * metrics['total'].hit_rate:.2f} %"
                 )
             assert position is not None
             url = self.store.epoch_url(position.best.epoch)
-            test = self.test(read_checkpoint(url))
+            checkpoint = read_checkpoint(url)
+            test = self.test(checkpoint)
             log.evaluation("test", position.global_step, test.metrics(), k=config.evaluation.k)
         finally:
             log.close()
@@ -213,7 +223,7 @@ class Trainer:
             checkpoint_url=url,
             validation=validation,
             test=test,
-            last_epoch_loss=float(losses.total.mean()) if losses else None,
+            training_loss=checkpoint.position.training_loss,
             chance_loss=None if chance is None else 2 * chance,
         )
 
@@ -236,6 +246,7 @@ class Trainer:
             rate = learning_rate(self.config.training.schedule, epoch, step, self.steps_per_epoch)
             output = self.step(batch, step, rate)
             meter.add(step, batch, output, rate)
+        _check_weights(self.model, epoch)
         return meter.finish()
 
     def evaluate(
@@ -292,7 +303,10 @@ class Trainer:
                 expected=f"digest {self.dataset.digest} ({self.dataset.url})",
                 remedy="set data.url to the data set of the run",
             )
-        _check_same_experiment(checkpoint, self.config)
+        # A run goes on only as it began: what changes the model must not change on the way.
+        _check_equal(
+            checkpoint, self.config, ("model", "training", "data.batch_size", "cache.storage")
+        )
         self.model.load_state_dict(checkpoint.model)
         self._load_optimizer(checkpoint.optimizer)
         if with_cache:
@@ -320,18 +334,22 @@ class Trainer:
                 got=latest,
                 remedy="add --resume to go on, or set run.url to another folder",
             )
+        position = None
+        if latest is not None:
+            checkpoint = read_checkpoint(latest)
+            self.restore(checkpoint, with_cache=False)
+            # Ranks of another protocol do not compare with those of the best epoch so far.
+            _check_equal(checkpoint, self.config, ("evaluation.protocol",))
+            position = checkpoint.position
+            self.progress.say(f"resumed from {latest}")
+        # Only now: a config that was refused must not replace the one the run began with.
         if self.world.is_first:
             _write_text(f"{self.config.run.url.rstrip('/')}/config.yaml", dump_config(self.config))
         self.world.barrier()
-        if latest is None:
-            return None
-        checkpoint = read_checkpoint(latest)
-        self.restore(checkpoint, with_cache=False)
-        self.progress.say(f"resumed from {latest}")
-        return checkpoint.position
+        return position
 
     def _begin_cache(self, generation: int) -> None:
-        """Empties the cache for a new life; writes of an earlier one that still arrive are dropped."""
+        """Empties the cache for a new life; late writes of an earlier one are dropped."""
         self.client.flush()
         self.world.barrier()
         if self.world.is_first:
@@ -371,6 +389,7 @@ class _StepMeter:
         self.read: list[npt.NDArray[np.float64]] = []
         self.pending: list[Tensor] = []
         self.events = 0
+        self.began = time.perf_counter()
         trainer.clock.take()
 
     def add(self, step: int, batch: EventBatch, output: ModelOutput, rate: float) -> None:
@@ -387,6 +406,7 @@ class _StepMeter:
         losses_n2 = (trainer.exchange.sum(torch.stack(self.pending)) / world_size).cpu().numpy()
         _check_finite(losses_n2, step + 1 - len(losses_n2), batch, self.epoch)
         seconds = trainer.clock.take()
+        began, self.began = self.began, time.perf_counter()
         user_loss, item_loss = losses_n2.mean(axis=0)
         representations = trainer.representations
         self.log.steps(
@@ -396,7 +416,7 @@ class _StepMeter:
             chance_loss=trainer.model.chance_loss(trainer.config.data.batch_size),
             learning_rate=rate,
             gradient_norm=_gradient_norm(trainer.model),
-            events_per_s=self.events / max(sum(seconds.values()), 1e-9),
+            events_per_s=self.events / max(self.began - began, 1e-9),
             phase_seconds=seconds,
             distinct_share=representations.num_distinct / max(1, representations.num_read),
         )
@@ -429,6 +449,20 @@ def _check_finite(
         )
 
 
+def _check_weights(model: torch.nn.Module, epoch: int) -> None:
+    """The last update has no loss after it to show that it failed.
+
+    Scores that are NaN are above nothing: such a model would have the best ranks of all.
+    """
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise NonFiniteLossError(
+                "the weights are not finite",
+                where=f"after the last step of epoch {epoch}, {name}",
+                remedy="lower training.schedule.base_lr; the last checkpoint is intact",
+            )
+
+
 def _gradient_norm(model: torch.nn.Module) -> float:
     """L2 norm of the clipped gradient of the last step."""
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
@@ -452,10 +486,9 @@ def _check_fits(config: ExperimentConfig, dataset: PreparedDataset, world: World
         )
 
 
-def _check_same_experiment(checkpoint: Checkpoint, config: ExperimentConfig) -> None:
-    """A run goes on only as it began: what changes the model must not change on the way."""
+def _check_equal(checkpoint: Checkpoint, config: ExperimentConfig, paths: Sequence[str]) -> None:
     mine = config.model_dump(mode="json")
-    for path in ("model", "training", "data.batch_size", "cache.storage"):
+    for path in paths:
         then: Any = checkpoint.config
         now: Any = mine
         for key in path.split("."):
