@@ -1,7 +1,8 @@
-"""This rank's part of the catalogue as a matrix of representations, kept current through the write-backs.
+"""This rank's part of the catalogue as a matrix of representations, kept current by write-backs.
 
-Shape legend: B events of a batch, C candidates of this rank, D width, M negatives, W ranks. Row j of rank r is the
-item with catalogue index ``j * W + r``: the catalogue grows at its end, and this keeps the parts equal.
+Shape legend: B events of a batch, C candidates of this rank, D width, M negatives, W ranks. Row j
+of rank r is the item with catalogue index ``j * W + r``: the catalogue grows at its end, and this
+keeps the parts equal.
 """
 
 from __future__ import annotations
@@ -88,9 +89,10 @@ class CandidateMatrix:
         self.is_present_C[rows] = True
 
     def target_scores(self, ballot: Ballot) -> Tensor:
-        """Returns (B,): the targets' cosines where this rank has them, 0 elsewhere; to be summed over the ranks.
+        """Returns (B,): the targets' cosines where this rank has them, 0 elsewhere.
 
-        A target that is no candidate is the encoding of an empty history; rank 0 scores it.
+        To be summed over the ranks. A target that is no candidate is the encoding of an empty
+        history; rank 0 scores it.
         """
         is_candidate_B = ballot.targets_B < ballot.num_seen
         is_mine_B = is_candidate_B & (ballot.targets_B % self.world.world_size == self.world.rank)
@@ -102,7 +104,7 @@ class CandidateMatrix:
         return torch.where(is_mine_B, scores_B[:, 0], others_B)
 
     def count(self, ballot: Ballot, target_scores_B: Tensor) -> Tensor:
-        """Returns (4, B) int64: above, tied, negatives above, negatives tied among this rank's candidates."""
+        """Returns (4, B) int64 of this rank: above, tied, negatives above, negatives tied."""
         num_events = len(target_scores_B)
         counts_4B = torch.zeros(4, num_events, dtype=torch.int64, device=self.world.device)
         num_rows = self._num_rows(ballot.num_seen)
@@ -132,7 +134,10 @@ class CandidateMatrix:
         return counts_4B
 
     def _scores_of(self, ballot: Ballot, items_BM: Tensor) -> Tensor:
-        """Returns (B, M) cosines of each user with its own M items of this rank; meaningless where the index is -1."""
+        """Returns (B, M) cosines of each user with its own M items of this rank.
+
+        Meaningless where the index is -1.
+        """
         num_events, num_scored = items_BM.shape
         scores_BM = torch.zeros(
             num_events, num_scored, dtype=self.rows_CD.dtype, device=self.world.device

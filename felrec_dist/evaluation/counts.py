@@ -1,7 +1,7 @@
 """Ranks by counting: how many candidates score above the target, how many tie with it.
 
-Normalized rank = (above + tied / 2) / max(1, C - 1) for C candidates, target included. HR@k = fewer than k of the
-sampled negatives rank before the target, a tie counting half.
+Normalized rank = (above + tied / 2) / max(1, C - 1) for C candidates, target included. HR@k = fewer
+than k of the sampled negatives rank before the target, a tie counting half.
 
 Shape legend: n events, B events of a batch, C candidates, M negatives.
 """
@@ -18,8 +18,8 @@ from torch import Tensor
 Int64s = npt.NDArray[np.int64]
 
 TIE_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-6}
-"""Cosines closer than this tie. Many cold items share one vector, and a matrix product may round equal rows
-differently depending on where they stand in it."""
+"""Cosines closer than this tie. Many cold items share one vector, and a matrix product may round
+equal rows differently depending on where they stand in it."""
 
 
 @dataclass(frozen=True)

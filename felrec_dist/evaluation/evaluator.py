@@ -1,11 +1,13 @@
 """Evaluation of a span of events, as they come (spec, "Evaluation").
 
-``causal`` (default): score first, then write. The user vector is the event's own forward output; candidates are the
-items seen before the batch, with representations as they were when it began; a target not seen before the batch is the
-encoding of an empty history. Events of the same batch see each other only through history *ids*.
+``causal`` (default): score first, then write. The user vector is the event's own forward output;
+candidates are the items seen before the batch, with representations as they were when it began; a
+target not seen before the batch is the encoding of an empty history. Events of the same batch see
+each other only through history *ids*.
 
-``released``: as the paper's code. Write the whole batch first, then read the user and all items seen up to the end of
-the batch from the cache: later events of a batch leak into the scores of earlier ones.
+``released``: as the paper's code. Write the whole batch first, then read the user and all items
+seen up to the end of the batch from the cache: later events of a batch leak into the scores of
+earlier ones.
 
 Shape legend: B events of a batch, b of this rank's slice, D width, M negatives.
 """
@@ -87,7 +89,8 @@ class Evaluator:
         Args:
             span: the events, in time order; the cache must stand where they begin.
             step: number of the first batch's step in the life of the cache.
-            protocols: those to score in this one pass, the config's by default; the writes are the same for all.
+            protocols: those to score in this one pass, the config's by default; the writes are the
+                same for all.
             on_batch: called with the number of events after each batch.
         """
         chosen = tuple(protocols) if protocols is not None else (self.config.protocol,)
@@ -177,7 +180,7 @@ class Evaluator:
             yield batch
 
     def _represent(self, batch: EventBatch, step: int) -> tuple[Tensor, Tensor]:
-        """Returns the whole batch's representations (B, D) in evaluation mode; nothing is written."""
+        """Returns the representations of the whole batch, (B, D) each; nothing is written."""
         mine = batch.slice(*slice_bounds(len(batch), self.world.rank, self.world.world_size))
         with self.clock("histories"):
             items_of_users, users_of_items = self.histories.read(mine)

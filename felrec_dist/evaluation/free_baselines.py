@@ -1,7 +1,7 @@
 """The two baselines that need no training: most popular, and random.
 
-They are ranked against the same candidates and the same negatives as the models (``causal`` protocol), so that they
-can stand in the same table.
+They are ranked against the same candidates and the same negatives as the models (``causal``
+protocol), so that they can stand in the same table.
 """
 
 from __future__ import annotations
@@ -76,7 +76,10 @@ def most_popular(
 
 def random_scores(like: dict[str, Metrics], *, num_negatives: int, k: int) -> dict[str, Metrics]:
     """Returns what random scores are expected to reach on the same events: no draw, no noise."""
+    hit_rate = min(1.0, k / (num_negatives + 1))
     return {
-        name: Metrics(m.num_events, 0.5, min(1.0, k / (num_negatives + 1)))
+        name: Metrics(m.num_events, 0.5, hit_rate)
+        if m.num_events
+        else Metrics(0, float("nan"), float("nan"))
         for name, m in like.items()
     }

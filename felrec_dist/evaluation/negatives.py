@@ -1,4 +1,4 @@
-"""The sampled negatives of HR@k: one seeded stream, the same for every number of ranks and every model.
+"""The sampled negatives of HR@k: one seeded stream, the same for any number of ranks, any model.
 
 Shape legend: B events, M negatives.
 """
@@ -19,10 +19,12 @@ def batch_generator(seed: int, first_position: int) -> np.random.Generator:
 def draw_without_replacement(
     generator: np.random.Generator, num_seen: int, targets_B: Int64s, num_negatives: int
 ) -> Int64s:
-    """Returns (B, M) catalogue rows, distinct within an event and never its target; -1 where there are too few items.
+    """Returns (B, M) catalogue rows, distinct within an event and never its target.
 
-    Floyd's algorithm (Bentley & Floyd, 1987), run for all events at once: uniform, and M draws an event however small
-    the catalogue is.
+    -1 stands where there are too few items.
+
+    Floyd's algorithm (Bentley & Floyd, 1987), run for all events at once: uniform, and M draws an
+    event however small the catalogue is.
 
     Args:
         generator: the batch's random stream.
@@ -51,5 +53,5 @@ def draw_without_replacement(
 def draw_with_replacement(
     generator: np.random.Generator, num_seen: int, num_events: int, num_negatives: int
 ) -> Int64s:
-    """Returns (B, M) catalogue rows below num_seen; repeats and the target may occur (``released``)."""
+    """Returns (B, M) catalogue rows; repeats and the target may occur (``released``)."""
     return generator.integers(0, num_seen, size=(num_events, num_negatives))

@@ -1,7 +1,7 @@
 """Metrics by partition, as they are printed and stored.
 
-Partitions are relative to the *training* part: ``observed`` (user and item occur in it), ``new_users`` (the item does,
-the user does not), ``new_items`` (the item does not), ``total``.
+Partitions are relative to the *training* part: ``observed`` (user and item occur in it),
+``new_users`` (the item does, the user does not), ``new_items`` (the item does not), ``total``.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class PartResult:
         partition: (n,) int64, index into PARTITIONS.
         normalized_rank: (n,) float64.
         is_hit: (n,) bool.
-        counts: what ranks and hits were computed from; None for a baseline in closed form.
+        counts: what ranks and hits were computed from.
     """
 
     event_id: npt.NDArray[np.int64]
@@ -104,7 +104,7 @@ def partition_of(
     user_index: npt.NDArray[np.int64],
     item_index: npt.NDArray[np.int64],
 ) -> npt.NDArray[np.int64]:
-    """Returns (n,) indices into PARTITIONS; an index tells whether the training part has the entity."""
+    """Returns (n,) indices into PARTITIONS; an index tells whether training has the entity."""
     is_new_user = user_index >= dataset.num_train_users
     is_new_item = item_index >= dataset.num_train_items
     return np.where(is_new_item, 2, np.where(is_new_user, 1, 0)).astype(np.int64)
@@ -148,7 +148,7 @@ def write_json(url: str, value: Mapping[str, Any]) -> None:
 def metrics_table(
     title: str, rows: Mapping[str, Mapping[str, Metrics]], *, k: int, caption: str = ""
 ) -> Table:
-    """Returns a table of models by partition: normalized rank (lower is better) and HR@k in percent."""
+    """Returns a table, models by partition: normalized rank (lower is better), HR@k in percent."""
     table = Table(title=title, caption=caption or None)
     table.add_column("model")
     first = next(iter(rows.values()))

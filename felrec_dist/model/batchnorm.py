@@ -1,9 +1,9 @@
 """Batch normalisation over the whole batch, on every backend.
 
-Each rank holds a contiguous slice of the batch; mean and variance are those of all B rows, so that the result does not
-depend on the number of ranks. ``torch.nn.SyncBatchNorm`` refuses CPU tensors, and sums of squares lose digits: this
-gathers mean, sum of squared deviations and count of each rank and merges them in rank order (Chan, Golub & LeVeque,
-1979), which gives every rank the same bits.
+Each rank holds a contiguous slice of the batch; mean and variance are those of all B rows, so that
+the result does not depend on the number of ranks. ``torch.nn.SyncBatchNorm`` refuses CPU tensors,
+and sums of squares lose digits: this gathers mean, sum of squared deviations and count of each rank
+and merges them in rank order (Chan, Golub & LeVeque, 1979), which gives every rank the same bits.
 
 Shape legend: b rows of this rank, B rows of the batch, D width, W ranks.
 """
@@ -21,14 +21,14 @@ from felrec_dist.model.collective import gather_ranks, num_ranks
 class WholeBatchNorm(nn.BatchNorm1d):
     """``BatchNorm1d`` whose statistics in training are those of the batch of all ranks.
 
-    The gradient is that of the *sum* of the ranks' losses, as DDP, which averages the gradients of the parameters,
-    expects.
+    The gradient is that of the *sum* of the ranks' losses, as DDP, which averages the gradients of
+    the parameters, expects.
     """
 
     def forward(self, x_bD: Tensor) -> Tensor:
         if not (self.training and num_ranks() > 1):
             return super().forward(x_bD)
-        y_bD, mean_D, variance_D, num_rows = _WholeBatchNorm.apply(
+        y_bD, mean_D, variance_D, num_rows = _WholeBatchNorm.apply(  # type: ignore[no-untyped-call]
             x_bD, self.weight, self.bias, self.eps
         )
         self._update_running_statistics(mean_D, variance_D, num_rows)

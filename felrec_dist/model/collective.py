@@ -18,7 +18,7 @@ def gather_ranks(x: Tensor) -> Tensor:
         return x.detach().unsqueeze(0)
     gathered = x.new_empty(world_size * x.shape[0], *x.shape[1:])
     dist.all_gather_into_tensor(gathered, x.detach().contiguous())
-    return gathered.unflatten(0, (world_size, x.shape[0]))
+    return gathered.view(world_size, *x.shape)
 
 
 def rank() -> int:

@@ -2,9 +2,9 @@
 
 Shape legend: B batch, N history length, S slots (S <= N), D width, H heads.
 
-Slot 0 of a history is the *most recent* neighbour, slot j the j-th most recent. A history shorter than N is closed by
-one empty slot (a zero vector), which is attended to and pooled like any other: it is what represents an entity
-without history.
+Slot 0 of a history is the *most recent* neighbour, slot j the j-th most recent. A history shorter
+than N is closed by one empty slot (a zero vector), which is attended to and pooled like any other:
+it is what represents an entity without history.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x_BSD: Tensor, is_slot_BS: Tensor) -> Tensor:
         def split_heads(x: Tensor) -> Tensor:  # (B, S, D) -> (B, H, S, D / H)
-            return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            return x.view(*x.shape[:2], self.num_heads, -1).transpose(1, 2)
 
         attended_BHSd = F.scaled_dot_product_attention(
             split_heads(self.query(x_BSD)),
@@ -110,8 +110,9 @@ class HistoryEncoder(nn.Module):
         """Returns representations (B, D), unnormalised.
 
         Args:
-            history_BSD: cached representations, most recent first; S is at least the longest history's number of
-                slots, ``min(length + 1, N)``. What stands beyond a history's length is ignored.
+            history_BSD: cached representations, most recent first; S is at least the longest
+                history's number of slots, ``min(length + 1, N)``. What stands beyond a history's
+                length is ignored.
             lengths_B: number of neighbours of each history, 0..N.
             type_D: embedding of the type (user or item) of the ids in the histories.
             empty_BD: what fills the empty slot; None for the paper's zero vector.
@@ -127,7 +128,7 @@ class HistoryEncoder(nn.Module):
             is_empty_BS = is_slot_BS & ~is_neighbour_BS
             x_BSD = torch.where(is_empty_BS[..., None], empty_BD[:, None, :], x_BSD)
         x_BSD = x_BSD + type_D
-        x_BSD = self.scale * x_BSD + self.positions_ND[:num_slots]
+        x_BSD = self.scale * x_BSD + self.positions_ND[:num_slots].to(x_BSD.dtype)
         x_BSD = self.input_norm(self.dropout(x_BSD))
         for block in self.blocks:
             x_BSD = block(x_BSD, is_slot_BS)
@@ -136,7 +137,7 @@ class HistoryEncoder(nn.Module):
 
 
 def sinusoidal_positions(num_positions: int, width: int) -> Tensor:
-    """Returns (num_positions, width) float64: even dimensions sine, odd dimensions cosine, base 10000."""
+    """Returns (num_positions, width) float64: even dimensions sine, odd ones cosine, base 10000."""
     position_N1 = torch.arange(num_positions, dtype=torch.float64)[:, None]
     frequency_d = torch.exp(
         torch.arange(0, width, 2, dtype=torch.float64) * (-math.log(10_000.0) / width)

@@ -1,9 +1,10 @@
 """FELRec-Q and FELRec-P (Weimann & Conrad, arXiv 2210.16928, sections 4.2-4.4).
 
-Shape legend: B batch, S slots, D width, K queue size. Both models encode the user's recent items and the item's recent
-users with one encoder and train the two representations to agree; the gradient never reaches the cache. They differ in
-how they keep the representations from collapsing: Q contrasts with a queue of earlier projections (MoCo), P predicts
-the other side's projection behind a stop-gradient (BYOL, SimSiam).
+Shape legend: B batch, S slots, D width, K queue size. Both models encode the user's recent items
+and the item's recent users with one encoder and train the two representations to agree; the
+gradient never reaches the cache. They differ in how they keep the representations from collapsing:
+Q contrasts with a queue of earlier projections (MoCo), P predicts the other side's projection
+behind a stop-gradient (BYOL, SimSiam).
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ class ModelOutput:
     projections_BD: tuple[Tensor, ...] = ()
 
     def exchanged(self) -> tuple[Tensor, ...]:
-        """Returns what every rank needs of every other: both representations, then the projections."""
+        """Returns what the ranks send each other: both representations, then the projections."""
         return (self.user_BD, self.item_BD, *self.projections_BD)
 
 
@@ -135,7 +136,7 @@ class FELRec(nn.Module):
         assert not projections_BD, "this model has no queues"
 
     def chance_loss(self, batch_size: int) -> float | None:
-        """The loss of one branch when all logits are equal; None where the loss has no such value."""
+        """The loss of one branch when all logits are equal; None where there is no such value."""
         return None
 
 
@@ -183,7 +184,10 @@ class FELRecQ(FELRec):
     def _contrast_with_batch(
         self, query_BD: Tensor, positive_BD: Tensor, queue: ProjectionQueue
     ) -> Tensor:
-        """Cross entropy over the projections of the whole batch, of all ranks; event i's positive in column i."""
+        """Cross entropy over the projections of all ranks; event i's positive in column i.
+
+        The ranks' slices are equally long, as they are in training.
+        """
         keys_BD = gather_ranks(positive_BD).flatten(0, 1)
         num_local = len(query_BD)
         target_B = torch.arange(num_local, device=query_BD.device) + rank() * num_local

@@ -1,7 +1,8 @@
 """A fixed vector for each id: what it reads as where the cache has nothing to say.
 
-The cache of the paper starts from zeros, so an entity without history carries no identity. A random sign vector gives it
-one without a parameter: vectors of different ids are nearly orthogonal (random projections).
+The cache of the paper starts from zeros, so an entity without history carries no identity. A random
+sign vector gives it one without a parameter: vectors of different ids are nearly orthogonal (random
+projections).
 
 Shape legend: M ids, D width.
 """

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 class ProjectionQueue(nn.Module):
     """The last K projections, as a ring: pushes of any size, K need not be a multiple of B.
 
-    Starts as random unit vectors. Part of the module's state, so that it goes with every checkpoint.
+    Starts as random unit vectors. Part of the module's state, so that it goes with every
+    checkpoint.
     """
 
     entries_KD: Tensor
@@ -26,7 +27,10 @@ class ProjectionQueue(nn.Module):
 
     @torch.no_grad()
     def push(self, projections_BD: Tensor) -> None:
-        """Replaces the oldest entries by the batch's projections, in event order; of B > K, the last K stay."""
+        """Replaces the oldest entries by the batch's projections, in event order.
+
+        Of B > K, the last K stay.
+        """
         size = self.entries_KD.shape[0]
         batch = projections_BD.shape[0]
         slots_B = (self.next_slot + torch.arange(batch, device=self.entries_KD.device)) % size
