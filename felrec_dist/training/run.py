@@ -133,7 +133,6 @@ def run_evaluation(
     trainer = Trainer(config, dataset, client, world, progress)
     result = trainer.test(checkpoint, protocol)
     if world.is_first:
-        chance = trainer.model.chance_loss(config.data.batch_size)
         _write_report(
             config,
             dataset,
@@ -142,7 +141,7 @@ def run_evaluation(
             checkpoint_url=checkpoint.url,
             epoch=checkpoint.position.epochs_done - 1,
             training_loss=checkpoint.position.training_loss,
-            chance_loss=None if chance is None else 2 * chance,
+            chance_loss=trainer.chance_loss,
         )
     world.barrier()
     return result

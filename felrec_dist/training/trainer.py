@@ -204,10 +204,11 @@ class Trainer:
                 if best is None or rank < best.validation_rank:
                     best = BestEpoch(epoch, rank)
                 loss = float(losses.total.mean())
+                chance = "" if self.chance_loss is None else f" (chance {self.chance_loss:.4f})"
                 position = RunPosition(epoch + 1, global_step, cache_step, loss, best)
                 self.save(epoch, position)
                 self.progress.say(
-                    f"{stage}: loss {loss:.4f}, validation rank {rank:.4f}, "
+                    f"{stage}: loss {loss:.4f}{chance}, validation rank {rank:.4f}, "
                     f"HR@{config.evaluation.k} {100 * metrics['total'].hit_rate:.2f} %"
                 )
             assert position is not None
@@ -217,15 +218,20 @@ class Trainer:
             log.evaluation("test", position.global_step, test.metrics(), k=config.evaluation.k)
         finally:
             log.close()
-        chance = self.model.chance_loss(config.data.batch_size)
         return RunResult(
             best=position.best,
             checkpoint_url=url,
             validation=validation,
             test=test,
             training_loss=checkpoint.position.training_loss,
-            chance_loss=None if chance is None else 2 * chance,
+            chance_loss=self.chance_loss,
         )
+
+    @property
+    def chance_loss(self) -> float | None:
+        """The total loss when all logits are equal; None where the loss has no such value."""
+        branch = self.model.chance_loss(self.config.data.batch_size)
+        return None if branch is None else 2 * branch
 
     @property
     def steps_per_epoch(self) -> int:
