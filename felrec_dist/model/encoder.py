@@ -50,7 +50,8 @@ class SelfAttention(nn.Module):
 
     def forward(self, x_BSD: Tensor, is_slot_BS: Tensor) -> Tensor:
         def split_heads(x: Tensor) -> Tensor:  # (B, S, D) -> (B, H, S, D / H)
-            return x.view(*x.shape[:2], self.num_heads, -1).transpose(1, 2)
+            head_width = x.shape[-1] // self.num_heads
+            return x.view(*x.shape[:-1], self.num_heads, head_width).transpose(1, 2)
 
         attended_BHSd = F.scaled_dot_product_attention(
             split_heads(self.query(x_BSD)),
