@@ -1,0 +1,166 @@
+"""The encoder: what it ignores, what it must not ignore, and its agreement with the slow truth."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from felrec_dist.model.encoder import (
+    EncoderConfig,
+    HistoryEncoder,
+    SelfAttention,
+    sinusoidal_positions,
+)
+from felrec_dist.model.felrec import FELRec
+from tests.model.inputs import D, N, encoder, encoder_config, histories, model_config, normal
+from tests.reference import encode
+
+LENGTHS = (0, 1, N - 2, N - 1, N)
+
+
+@pytest.mark.parametrize("garbage", [math.nan, math.inf, -1e300])
+def test_padding_is_ignored(garbage: float) -> None:
+    model = encoder()
+    history_BND, lengths_B = histories(1, LENGTHS)
+    is_padding_BN = torch.arange(N) >= lengths_B[:, None]
+    clean = history_BND.masked_fill(is_padding_BN[..., None], 0.0)
+    filled = history_BND.masked_fill(is_padding_BN[..., None], garbage)
+    expected_BD = model(clean, lengths_B, normal(2, D))
+    assert torch.isfinite(expected_BD).all()
+    assert torch.equal(model(filled, lengths_B, normal(2, D)), expected_BD)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_one_history_is_the_slow_truth(length: int) -> None:
+    torch.manual_seed(0)
+    model = FELRec(model_config()).double().eval()
+    history_BND, lengths_B = histories(3, [length])
+    found_BD = model.encoder(history_BND, lengths_B, model.user_type_embedding)
+    rows = list(history_BND[0, :length])
+    expected_D = encode(model, rows, model.user_type_embedding, history_length=N)
+    torch.testing.assert_close(found_BD[0], expected_D, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("length", [0, N - 2, N - 1])
+def test_a_short_history_ends_in_one_zero_slot(length: int) -> None:
+    """The empty slot is a zero row; a second one, written out, is noticed."""
+    model = encoder()
+    history_BND, _ = histories(4, [length])
+    history_BND[0, length:] = 0.0
+    short_BD = model(history_BND, torch.tensor([length]), normal(2, D))
+    with_zero_BD = model(history_BND, torch.tensor([length + 1]), normal(2, D))
+    # One more zero row: at length N - 1 it takes the empty slot's place, before it joins it.
+    assert torch.equal(short_BD, with_zero_BD) == (length == N - 1)
+
+
+def test_a_full_history_has_no_empty_slot() -> None:
+    """The last neighbour counts, and what fills empty slots does not."""
+    model = encoder()
+    history_BND, lengths_B = histories(5, [N])
+    full_BD = model(history_BND, lengths_B, normal(2, D))
+    assert torch.equal(model(history_BND, lengths_B, normal(2, D), normal(6, 1, D)), full_BD)
+    history_BND[0, N - 1] = normal(7, D)
+    assert not torch.allclose(model(history_BND, lengths_B, normal(2, D)), full_BD)
+
+
+@pytest.mark.parametrize("length", [0, 2, N - 1])
+def test_the_empty_slot_can_be_filled(length: int) -> None:
+    model = encoder()
+    history_BND, lengths_B = histories(7, [length])
+    filling_BD = normal(8, 1, D)
+    filled_BD = model(history_BND, lengths_B, normal(2, D), filling_BD)
+    assert not torch.allclose(filled_BD, model(history_BND, lengths_B, normal(2, D)))
+    if length == N - 1:
+        history_BND[0, length] = filling_BD[0]
+        assert torch.equal(model(history_BND, lengths_B + 1, normal(2, D)), filled_BD)
+
+
+def test_order_matters_through_the_positions_alone() -> None:
+    model = encoder()
+    history_BND, lengths_B = histories(9, [N])
+    backwards_BND = history_BND.flip(1)
+    with_positions = [model(h, lengths_B, normal(2, D)) for h in (history_BND, backwards_BND)]
+    assert not torch.allclose(*with_positions, rtol=1e-3)
+    model.positions_ND.zero_()
+    without = [model(h, lengths_B, normal(2, D)) for h in (history_BND, backwards_BND)]
+    torch.testing.assert_close(*without, rtol=1e-12, atol=1e-12)
+
+
+def test_more_slots_than_needed_change_nothing() -> None:
+    model = encoder()
+    history_BND, lengths_B = histories(10, [0, 2, 1])
+    wide_BD = model(history_BND, lengths_B, normal(2, D))
+    for num_slots in (3, 4):
+        narrow_BD = model(history_BND[:, :num_slots], lengths_B, normal(2, D))
+        torch.testing.assert_close(narrow_BD, wide_BD, rtol=1e-12, atol=1e-12)
+    # One slot fewer than the longest history needs is one too few.
+    with_two_BD = model(history_BND[:, :2], lengths_B, normal(2, D))
+    assert not torch.allclose(with_two_BD[1], wide_BD[1])
+
+
+def test_events_do_not_see_each_other() -> None:
+    model = encoder()
+    history_BND, lengths_B = histories(11, LENGTHS)
+    together_BD = model(history_BND, lengths_B, normal(2, D))
+    for event in range(len(LENGTHS)):
+        alone_BD = model(history_BND[event : event + 1], lengths_B[event : event + 1], normal(2, D))
+        torch.testing.assert_close(alone_BD[0], together_BD[event], rtol=1e-12, atol=1e-12)
+
+
+def test_an_empty_slice_of_the_batch() -> None:
+    """The last batch of an evaluation leaves some ranks without events."""
+    found_BD = encoder()(torch.zeros(0, 1, D).double(), torch.zeros(0).long(), normal(2, D))
+    assert found_BD.shape == (0, D)
+
+
+@pytest.mark.parametrize("width", [2, 7, 8])
+def test_sinusoidal_positions(width: int) -> None:
+    positions_ND = sinusoidal_positions(70, width)
+    assert positions_ND.dtype == torch.float64
+    for position in (0, 1, 69):
+        for dim in range(width):
+            angle = position / 10_000 ** (2 * (dim // 2) / width)
+            expected = math.cos(angle) if dim % 2 else math.sin(angle)
+            assert positions_ND[position, dim].item() == pytest.approx(expected, abs=1e-12)
+
+
+def test_attention_ignores_what_is_masked() -> None:
+    torch.manual_seed(0)
+    attention = SelfAttention(D, 2).double()
+    x_BSD = normal(12, 2, 4, D)
+    is_slot_BS = torch.tensor([[True, True, False, False], [True, True, True, False]])
+    before_BSD = attention(x_BSD, is_slot_BS)
+    changed_BSD = torch.where(is_slot_BS[..., None], x_BSD, 1e6 * normal(13, 2, 4, D))
+    after_BSD = attention(changed_BSD, is_slot_BS)
+    assert torch.equal(after_BSD[is_slot_BS], before_BSD[is_slot_BS])
+    everything_BSD = attention(changed_BSD, torch.ones_like(is_slot_BS))
+    assert not torch.allclose(everything_BSD[is_slot_BS], before_BSD[is_slot_BS])
+
+
+def test_dropout_only_in_training() -> None:
+    model = encoder(dropout=0.5)
+    history_BND, lengths_B = histories(14, [3])
+    once, again = (model(history_BND, lengths_B, normal(2, D)) for _ in range(2))
+    assert torch.equal(once, again)
+    model.train()
+    once, again = (model(history_BND, lengths_B, normal(2, D)) for _ in range(2))
+    assert not torch.allclose(once, again)
+
+
+def test_a_fresh_encoder_works_in_the_default_type() -> None:
+    """Positions are computed in float64, the model is float32 until it is told otherwise."""
+    model = HistoryEncoder(encoder_config())
+    found_BD = model(torch.zeros(2, 1, D), torch.zeros(2, dtype=torch.int64), torch.ones(D))
+    assert found_BD.dtype == torch.float32
+
+
+def test_positions_are_no_part_of_a_checkpoint() -> None:
+    assert not [name for name in encoder().state_dict() if "position" in name]
+
+
+def test_heads_must_divide_the_width() -> None:
+    with pytest.raises(ValidationError, match="num_heads = 3 must divide width = 128"):
+        EncoderConfig(num_heads=3)
