@@ -83,7 +83,7 @@ def test_order_matters_through_the_positions_alone() -> None:
     history_BND, lengths_B = histories(9, [N])
     backwards_BND = history_BND.flip(1)
     with_positions = [model(h, lengths_B, normal(2, D)) for h in (history_BND, backwards_BND)]
-    assert not torch.allclose(*with_positions, rtol=1e-3)
+    assert not torch.allclose(with_positions[0], with_positions[1], rtol=1e-3)
     model.positions_ND.zero_()
     without = [model(h, lengths_B, normal(2, D)) for h in (history_BND, backwards_BND)]
     torch.testing.assert_close(*without, rtol=1e-12, atol=1e-12)
