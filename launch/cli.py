@@ -40,9 +40,6 @@ def main() -> None:
         console.print(f"[bold red]error:[/] {type(error).__name__}:", end=" ")
         console.print(str(error), markup=False, highlight=False, soft_wrap=True)
         sys.exit(FAILED)
-    except KeyboardInterrupt:
-        console.print("stopped; a committed checkpoint stays: go on with --resume")
-        sys.exit(INTERRUPTED)
 
 
 @app.command()
@@ -233,7 +230,7 @@ def train(
 
     experiment = load_config(config, overrides or [])
     console = Console()
-    with TerminalProgress(console) as progress:
+    with _interruptible(console), TerminalProgress(console) as progress:
         if local:
             from launch import local as here
 
@@ -339,6 +336,16 @@ class _Stages:
         if stage not in self.tasks:
             self.tasks[stage] = self.bar.add_task(stage, total=total)
         self.bar.update(self.tasks[stage], completed=done, total=total)  # type: ignore[arg-type]
+
+
+@contextmanager
+def _interruptible(console: Console) -> Iterator[None]:
+    """Says how to go on after Ctrl-C; Typer itself would end without a word."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        console.print("stopped; the last committed checkpoint stays: go on with --resume")
+        raise typer.Exit(INTERRUPTED) from None
 
 
 @contextmanager

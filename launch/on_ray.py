@@ -9,7 +9,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,13 +72,32 @@ def run(config: ExperimentConfig, job: Job, progress: Progress) -> None:
             ray.kill(board)
 
 
+class _Trainer(ray.train.torch.TorchTrainer):  # type: ignore[misc]  # Ray has no types
+    """Leaves Ctrl-C to Python.
+
+    Ray Train's own handler ends the driver from inside a call to Ray: with exit code 1, and before
+    anything here can say so or clean up.
+    """
+
+    _controller: Any = None
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        self._controller = controller
+
+    def abort(self) -> None:
+        """Stops the workers, with a limit; their actors end with the driver in any case."""
+        if self._controller is not None:
+            with suppress(ray.exceptions.RayError):  # it ends while it answers
+                ray.get(self._controller.abort.remote(), timeout=STOP_TIMEOUT_S)
+
+
 def _fit(config: ExperimentConfig, job: Job, shards: ShardHandles, board: Any) -> None:
     cluster = config.cluster
     use_gpu = cluster.gpus_per_worker > 0
     resources = {"CPU": cluster.cpus_per_worker}
     if use_gpu:
         resources["GPU"] = cluster.gpus_per_worker
-    trainer = ray.train.torch.TorchTrainer(
+    trainer = _Trainer(
         _work,
         train_loop_config={
             "config": config.model_dump(mode="json"),
@@ -98,6 +117,9 @@ def _fit(config: ExperimentConfig, job: Job, shards: ShardHandles, board: Any) -
         trainer.fit()
     except ray.train.TrainingFailedError as error:
         raise _cause(error) from error
+    except KeyboardInterrupt:
+        trainer.abort()
+        raise
 
 
 def _cause(error: Exception) -> FelrecError:
