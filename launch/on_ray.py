@@ -1,6 +1,7 @@
 """W workers under Ray Train and S shard actors, on a cluster or a local Ray.
 
-The driver creates the shards first and hands their handles to the workers. It needs no GPU and holds no data.
+The driver creates the shards first and hands their handles to the workers. It needs no GPU and
+holds no data.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class Job:
 
 
 def run(config: ExperimentConfig, job: Job, progress: Progress) -> None:
-    """Runs the job on the cluster that RAY_ADDRESS names, or on a local Ray that it starts and stops.
+    """Runs the job on the cluster of RAY_ADDRESS, or on a local Ray that it starts and stops.
 
     Raises:
         ConfigError: the cluster has too few CPUs or GPUs.
@@ -63,7 +64,7 @@ def run(config: ExperimentConfig, job: Job, progress: Progress) -> None:
             block_rows=config.cache.block_rows,
             timeout_s=config.cluster.start_timeout_s,
         )
-        board = ProgressBoard.remote()
+        board = ray.remote(num_cpus=0, max_restarts=0)(ProgressBoard).remote()
         try:
             with _shown(board, progress):
                 _fit(config, job, shards, board)
@@ -72,7 +73,7 @@ def run(config: ExperimentConfig, job: Job, progress: Progress) -> None:
             ray.kill(board)
 
 
-class _Trainer(ray.train.torch.TorchTrainer):  # type: ignore[misc]  # Ray has no types
+class _Trainer(ray.train.torch.TorchTrainer):
     """Leaves Ctrl-C to Python.
 
     Ray Train's own handler ends the driver from inside a call to Ray: with exit code 1, and before
@@ -123,7 +124,7 @@ def _fit(config: ExperimentConfig, job: Job, shards: ShardHandles, board: Any) -
 
 
 def _cause(error: Exception) -> FelrecError:
-    """Returns our own error of the lowest rank that raised one, else one that tells what Ray said."""
+    """Returns our own error of the lowest rank that has one, else one that tells what Ray said."""
     failures: Mapping[int, BaseException] = getattr(error, "worker_failures", {})
     for _, failure in sorted(failures.items()):
         seen: BaseException | None = failure
@@ -211,9 +212,8 @@ def _check_resources(config: ExperimentConfig) -> None:
             )
 
 
-@ray.remote(num_cpus=0, max_restarts=0)
 class ProgressBoard:
-    """Carries the first rank's reports to the driver."""
+    """An actor that carries the first rank's reports to the driver."""
 
     def __init__(self) -> None:
         self.reports: list[tuple[Any, ...]] = []

@@ -35,7 +35,6 @@ def ray_session(num_cpus: int = 2) -> Iterator[None]:
             ray.shutdown()
 
 
-@ray.remote(num_cpus=0, max_restarts=0)
 class Rank:
     """One rank: a process with its own process group."""
 
@@ -60,7 +59,7 @@ def run_on_ranks(
     world_size: int, folder: Path, timeout_s: float, function: Callable[..., Any], *args: Any
 ) -> list[Any]:
     """Runs a function on W ranks that Ray placed; returns what each returned, in rank order."""
-    ranks = [Rank.remote() for _ in range(world_size)]
+    ranks = [ray.remote(num_cpus=0, max_restarts=0)(Rank).remote() for _ in range(world_size)]
     try:
         calls = [
             actor.run.remote(function, rank, world_size, str(folder / "rendezvous"), *args)

@@ -1,7 +1,7 @@
-"""The slow truth: FELRec as two dictionaries and a loop over single events, float64, one event at a time.
+"""The slow truth: FELRec as two dictionaries and a loop over single events, in float64.
 
-It shares the model's weights with the code under test and nothing else: no batches, no padding, no index, no cache
-shards.
+It shares the model's weights with the code under test and nothing else: no batches, no padding, no
+index, no cache shards.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from felrec_dist.model.encoder import EncoderBlock
 from felrec_dist.model.felrec import FELRec
 
 
@@ -49,6 +50,7 @@ def encode(model: FELRec, rows: Sequence[Tensor], type_D: Tensor, history_length
             vector[dim] += math.sin(angle) if dim % 2 == 0 else math.cos(angle)
         x.append(encoder.input_norm(vector))
     for block in encoder.blocks:
+        assert isinstance(block, EncoderBlock)
         attention = block.attention
         head_width = width // attention.num_heads
         queries = [attention.query(slot) for slot in x]
@@ -61,8 +63,9 @@ def encode(model: FELRec, rows: Sequence[Tensor], type_D: Tensor, history_length
                 dims = slice(head * head_width, (head + 1) * head_width)
                 scores = torch.stack([query[dims] @ key[dims] for key in keys])
                 weights = torch.softmax(scores / math.sqrt(head_width), dim=0)
-                heads.append(sum(w * value[dims] for w, value in zip(weights, values, strict=True)))
-            attended.append(attention.output(torch.cat(heads)))  # type: ignore[arg-type]
+                weighted = [w * value[dims] for w, value in zip(weights, values, strict=True)]
+                heads.append(torch.stack(weighted).sum(dim=0))
+            attended.append(attention.output(torch.cat(heads)))
         x = [block.attention_norm(a + b) for a, b in zip(x, attended, strict=True)]
         x = [
             block.feedforward_norm(
@@ -129,7 +132,7 @@ class ReferenceFELRec:
     def causal_counts(
         self, start: int, users: Sequence[Tensor], seen: Sequence[int]
     ) -> list[tuple[int, int, int]]:
-        """Returns (above, tied, candidates) of each event against the items seen before the batch."""
+        """Returns (above, tied, candidates) of each event; candidates were seen before the batch."""
         unseen = encode(self.model, [], self.model.user_type_embedding, self.history_length)
         counts = []
         for event, user in zip(self.events[start : start + len(users)], users, strict=True):
@@ -137,8 +140,10 @@ class ReferenceFELRec:
                 item: float(F.cosine_similarity(user, self.cache.items.get(item, unseen), dim=0))
                 for item in {*seen, event.item}
             }
-            target = scores[event.item] if event.item in seen else float(
-                F.cosine_similarity(user, unseen, dim=0)
+            target = (
+                scores[event.item]
+                if event.item in seen
+                else float(F.cosine_similarity(user, unseen, dim=0))
             )
             others = [score for item, score in scores.items() if item != event.item]
             counts.append(
@@ -155,7 +160,9 @@ class ReferenceFELRec:
         self.users_of[event.item].append(event.user)
 
 
-def contrast(queries: Sequence[Tensor], positives: Sequence[Tensor], queue: Tensor, t: float) -> Tensor:
+def contrast(
+    queries: Sequence[Tensor], positives: Sequence[Tensor], queue: Tensor, t: float
+) -> Tensor:
     """Mean over single events of -log softmax at the positive."""
     losses = []
     for query, positive in zip(queries, positives, strict=True):

@@ -1,4 +1,4 @@
-"""The reference trajectories: float64 runs of the authors' released implementation (``FELREC_GOLDEN``)."""
+"""The reference trajectories: float64 runs of the authors' code (``FELREC_GOLDEN``)."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Trajectory:
         )
 
     def parameters(self, stage: str) -> dict[str, torch.Tensor]:
-        """The model's state at ``init`` or ``final`` under our names; queues as they stand in the ring."""
+        """The model's state at ``init`` or ``final`` under our names; queues as the ring holds them."""
         prefix = f"{stage}/"
         return {
             _our_name(name.removeprefix(prefix)): torch.from_numpy(array)

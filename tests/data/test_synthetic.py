@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from felrec_dist.data import synthetic
 from felrec_dist.data.synthetic import (
     DAY_MS,
-    START_MS,
     OPEN_TASTE_SHARES,
+    START_MS,
     Population,
     SyntheticConfig,
     draw_population,
@@ -291,9 +291,7 @@ def test_items_are_drawn_with_the_stated_probability(closedness: float) -> None:
 def test_events_follow_the_formula_at_the_head_of_the_module(
     closedness: float, shares: tuple[float, ...]
 ) -> None:
-    config = SyntheticConfig(
-        num_users=1, num_items=40, num_tastes=5, seed=5, closedness=closedness
-    )
+    config = SyntheticConfig(num_users=1, num_items=40, num_tastes=5, seed=5, closedness=closedness)
     second_affinity = 0.15 * (1 - closedness)
     population = draw_population(config)
     now, draws = 0.5, 200_000

@@ -1,4 +1,7 @@
-"""FELRec computes what the authors' released code computes, in float64: losses and caches to 1e-6, ranks exactly."""
+"""FELRec computes what the authors' released code computes, in float64.
+
+Losses and caches agree to 1e-6 relative, rank counts exactly.
+"""
 
 from __future__ import annotations
 

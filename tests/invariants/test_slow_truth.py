@@ -1,4 +1,4 @@
-"""The fast code agrees with dictionaries and a loop over single events, on random streams with awkward histories."""
+"""The fast code agrees with dictionaries and a loop over single events, on random streams."""
 
 from __future__ import annotations
 
@@ -27,8 +27,10 @@ from tests.reference import Event, ReferenceFELRec, contrast
 N, BATCH, K = 4, 8, 11  # K is no multiple of the batch
 
 
-def random_stream(path: Path, seed: int, num_events: int = 124) -> tuple[PreparedDataset, list[Event]]:
-    """Few ids and few distinct times: repeats in a batch, ties in time, histories of 0 to more than N events."""
+def random_stream(
+    path: Path, seed: int, num_events: int = 124
+) -> tuple[PreparedDataset, list[Event]]:
+    """Few ids, few distinct times: repeats in a batch, ties, histories of 0 to beyond N events."""
     generator = np.random.default_rng(seed)
     ids = generator.integers(-(2**62), 2**62, size=40)
     columns = {
@@ -96,7 +98,10 @@ def test_training_and_causal_ranks(tmp_path: Path, variant: str, seed: int) -> N
     losses = []
     queues = None
     if isinstance(slow.model, FELRecQ):
-        queues = [slow.model.user_queue.entries_KD.clone(), slow.model.item_queue.entries_KD.clone()]
+        queues = [
+            slow.model.user_queue.entries_KD.clone(),
+            slow.model.item_queue.entries_KD.clone(),
+        ]
     for step in range(trainer.steps_per_epoch):
         start = trainer.train_span.start + step * BATCH
         users, items = truth.represent_batch(start, start + BATCH)

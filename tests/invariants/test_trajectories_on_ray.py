@@ -1,4 +1,4 @@
-"""The reference trajectories with the cache in Ray actors, for several numbers of ranks and shards."""
+"""The reference trajectories with the cache in Ray actors, for many numbers of ranks and shards."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ import pytest
 
 pytest.importorskip("ray")
 
-from cache_server import CacheClient  # noqa: E402
-from cache_server.ray_transport import (  # noqa: E402
+from cache_server import CacheClient
+from cache_server.ray_transport import (
     RayTransport,
     ShardHandles,
     create_shard_actors,
     destroy_shard_actors,
 )
-from felrec_dist.config import ExperimentConfig  # noqa: E402
-from felrec_dist.data.dataset import PreparedDataset  # noqa: E402
-from tests.invariants.test_reference_trajectories import (  # noqa: E402
+from felrec_dist.config import ExperimentConfig
+from felrec_dist.data.dataset import PreparedDataset
+from tests.invariants.test_reference_trajectories import (
     TRAJECTORIES,
     prepare_events,
     replay,
 )
-from tests.ray_sessions import ray_session, run_on_ranks  # noqa: E402
-from tests.trajectories import FOLDER, Trajectory  # noqa: E402
+from tests.ray_sessions import ray_session, run_on_ranks
+from tests.trajectories import FOLDER, Trajectory
 
 pytestmark = [
     pytest.mark.ray,

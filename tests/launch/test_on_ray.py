@@ -1,4 +1,4 @@
-"""The real job: MovieLens-100K through the command line, with two workers and two shards on a local Ray."""
+"""The real job: MovieLens-100K through the command line, two workers, two shards, a local Ray."""
 
 from __future__ import annotations
 
