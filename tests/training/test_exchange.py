@@ -1,0 +1,56 @@
+"""What the ranks exchange equals the concatenation of their slices, equal or not, empty or not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+
+from felrec_dist.data.stream import slice_bounds
+from felrec_dist.training.exchange import Exchange
+from felrec_dist.training.world import World
+from tests.ranks import run_on_ranks
+
+SIZES = (0, 1, 2, 3, 5, 6, 7, 12, 13)
+WIDTHS = (3, 1, 4)
+
+
+def whole(num_events: int, width: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(100 * num_events + width)
+    return torch.randn(num_events, width, dtype=torch.float64, generator=generator)
+
+
+def gather_on_this_rank() -> list[list[npt.NDArray[np.float64]]]:
+    """Gathers batches of all sizes, each in three parts of different widths."""
+    world = World.current()
+    exchange = Exchange(world)
+    gathered = []
+    for size in SIZES:
+        mine = slice(*slice_bounds(size, world.rank, world.world_size))
+        parts = exchange.gather_batch([whole(size, width)[mine] for width in WIDTHS], size)
+        gathered.append([part.numpy() for part in parts])
+    total = exchange.sum(torch.tensor([1.0, 10.0 ** (world.rank + 1)], dtype=torch.float64))
+    counts = exchange.sum(torch.tensor([world.rank], dtype=torch.int64))
+    return [*gathered, [total.numpy(), counts.numpy()]]
+
+
+def check(results: list[list[npt.NDArray[np.float64]]], world_size: int) -> None:
+    *gathered, (total, counts) = results
+    for size, parts in zip(SIZES, gathered, strict=True):
+        for width, part in zip(WIDTHS, parts, strict=True):
+            np.testing.assert_array_equal(part, whole(size, width).numpy(), strict=True)
+    assert total.tolist() == [world_size, sum(10.0 ** (rank + 1) for rank in range(world_size))]
+    assert counts.tolist() == [sum(range(world_size))]
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_every_rank_gets_the_whole_batch_in_event_order(world_size: int, tmp_path: Path) -> None:
+    for results in run_on_ranks(world_size, tmp_path, gather_on_this_rank):
+        check(results, world_size)
+
+
+def test_one_rank_needs_no_process_group() -> None:
+    check(gather_on_this_rank(), 1)

@@ -1,0 +1,440 @@
+"""A run: what it leaves, how it goes on after it was stopped, and what it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from felrec_dist.config import ExperimentConfig, load_config
+from felrec_dist.data.dataset import PreparedDataset, Span
+from felrec_dist.errors import CheckpointError, ConfigError, DatasetError, NonFiniteLossError
+from felrec_dist.evaluation.evaluator import Protocol
+from felrec_dist.evaluation.result import PartResult, metrics_to_json
+from felrec_dist.model.felrec import ModelOutput
+from felrec_dist.training.checkpoint import CheckpointStore, read_checkpoint
+from felrec_dist.training.run import read_report, report_url, run_evaluation, run_training
+from felrec_dist.training.trainer import NoProgress, RunResult, Trainer
+from felrec_dist.training.world import World
+from tests import tiny
+
+
+class Stopped(Exception):
+    """The run was stopped from outside."""
+
+
+class StopIn(NoProgress):
+    """Stops a run once a stage has done so many events."""
+
+    def __init__(self, stage: str, num_events: int) -> None:
+        self.stage = stage
+        self.num_events = num_events
+        self.current = ""
+        self.done = 0
+
+    def begin(self, stage: str, num_events: int) -> None:
+        self.current, self.done = stage, 0
+
+    def advance(self, num_events: int, facts: Mapping[str, float]) -> None:
+        self.done += num_events
+        if self.current == self.stage and self.done >= self.num_events:
+            raise Stopped
+
+
+def state_of(trainer: Trainer, result: RunResult) -> dict[str, Any]:
+    """All that two equal runs have in common, to the last bit."""
+    return {
+        "cache": trainer.client.digest(),
+        "best": result.best,
+        "training_loss": result.training_loss,
+        "ranks": result.test.normalized_rank.tolist(),
+        "hits": result.test.is_hit.tolist(),
+        "model": {name: t.tolist() for name, t in trainer.model.state_dict().items()},
+        "last": {
+            name: tensor.tolist()
+            for checkpoint in [read_checkpoint(trainer.store.epoch_url(2))]
+            for name, tensor in {**checkpoint.model, **checkpoint.optimizer}.items()
+        },
+    }
+
+
+ARITHMETIC = [
+    pytest.param({"dtype": "float64"}, {"storage": "float64"}, {}, id="float64, SGD"),
+    pytest.param({}, {}, {}, id="float32, SGD"),
+    pytest.param({"optimizer": "adam"}, {}, {}, id="float32, Adam"),
+    pytest.param(
+        {"optimizer": "adam", "dtype": "float64"}, {"storage": "float64"}, {}, id="float64, Adam"
+    ),
+    pytest.param({"momentum": 0.0}, {"storage": "bfloat16"}, {}, id="bfloat16, no momentum"),
+    pytest.param({}, {}, {"variant": "felrec-p"}, id="FELRec-P"),
+    pytest.param(
+        {},
+        {},
+        {"negatives": "batch", "empty_slot": "identity", "absent_row": "identity"},
+        id="batch negatives, identity",
+    ),
+]
+
+
+@pytest.mark.parametrize(("training", "cache", "model"), ARITHMETIC)
+def test_a_resumed_run_equals_the_uninterrupted_one(
+    dataset: PreparedDataset,
+    tmp_path: Path,
+    training: dict[str, Any],
+    cache: dict[str, Any],
+    model: dict[str, Any],
+) -> None:
+    def config(run: str) -> ExperimentConfig:
+        base = tiny.experiment(dataset.url, str(tmp_path / run)).model_dump()
+        changes = {
+            "training": {**base["training"], **training},
+            "cache": {**base["cache"], **cache},
+            "model": {**base["model"], **model},
+        }
+        assert changes["model"]["encoder"]["dropout"] > 0
+        return tiny.experiment(dataset.url, str(tmp_path / run), changes)
+
+    whole = tiny.build_trainer(config("whole"), dataset)
+    expected = state_of(whole, whole.fit())
+
+    stopper = StopIn("epoch 2/3, training", 5 * tiny.BATCH)
+    with pytest.raises(Stopped):
+        tiny.build_trainer(config("parts"), dataset, stopper).fit()
+    # The random state of a process that did something else before.
+    torch.manual_seed(999)
+    resumed = tiny.build_trainer(config("parts"), dataset)
+    result = resumed.fit(resume=True)
+    assert len(result.validation) == 2, "only the epochs that were missing were trained"
+    assert state_of(resumed, result) == expected
+
+
+@pytest.mark.parametrize(
+    ("stage", "num_events", "epochs_left"),
+    [
+        ("epoch 1/3, training", 1, 3),
+        ("epoch 1/3, validation", 1, 3),
+        ("epoch 2/3, validation", 30, 2),
+        ("test", 1, 0),
+    ],
+)
+def test_a_run_may_be_stopped_anywhere(
+    dataset: PreparedDataset, tmp_path: Path, stage: str, num_events: int, epochs_left: int
+) -> None:
+    whole = tiny.build_trainer(tiny.experiment(dataset.url, str(tmp_path / "whole")), dataset)
+    expected = state_of(whole, whole.fit())
+    config = tiny.experiment(dataset.url, str(tmp_path / "parts"))
+    with pytest.raises(Stopped):
+        tiny.build_trainer(config, dataset, StopIn(stage, num_events)).fit()
+    resumed = tiny.build_trainer(config, dataset)
+    result = resumed.fit(resume=True)
+    assert len(result.validation) == epochs_left
+    assert state_of(resumed, result) == expected
+
+
+def test_a_run_stopped_while_it_saves_goes_on_from_the_epoch_before(
+    dataset: PreparedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = tiny.build_trainer(tiny.experiment(dataset.url, str(tmp_path / "whole")), dataset)
+    expected = state_of(whole, whole.fit())
+    config = tiny.experiment(dataset.url, str(tmp_path / "parts"))
+    real_commit = CheckpointStore.commit
+
+    def commit(self: CheckpointStore, epoch: int, **state: Any) -> None:
+        if epoch == 1:
+            raise Stopped
+        real_commit(self, epoch, **state)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointStore, "commit", commit)
+        with pytest.raises(Stopped):
+            tiny.build_trainer(config, dataset).fit()
+    resumed = tiny.build_trainer(config, dataset)
+    assert Path(resumed.store.epoch_url(1), "cache").exists(), "it was stopped in the middle"
+    result = resumed.fit(resume=True)
+    assert len(result.validation) == 2
+    assert state_of(resumed, result) == expected
+
+
+def test_a_run_lives_on_any_file_system(dataset: PreparedDataset, tmp_path: Path) -> None:
+    local = tiny.build_trainer(tiny.experiment(dataset.url, str(tmp_path / "run")), dataset)
+    expected = state_of(local, local.fit())
+    config = tiny.experiment(dataset.url, f"memory://{tmp_path.name}/run")
+    with pytest.raises(Stopped):
+        tiny.build_trainer(config, dataset, StopIn("epoch 2/3, validation", 1)).fit()
+    trainer = tiny.build_trainer(config, dataset)
+    assert state_of(trainer, trainer.fit(resume=True)) == expected
+    assert load_config(f"{config.run.url}/config.yaml") == config
+
+
+def test_resuming_a_run_that_has_not_begun_begins_it(
+    dataset: PreparedDataset, tmp_path: Path
+) -> None:
+    config = tiny.experiment(dataset.url, str(tmp_path / "run"))
+    result = tiny.build_trainer(config, dataset).fit(resume=True)
+    assert len(result.validation) == 3
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "message"),
+    [
+        (
+            "model",
+            "queue_size",
+            41,
+            r"another model\n.*\n  got: queue_size 40 in the checkpoint, 41",
+        ),
+        ("training", "seed", 5, r"another training\n.*\n  got: seed 0 in the checkpoint, 5 in"),
+        ("training", "optimizer", "adam", r"another training\n.*\n  got: optimizer 'sgd' in"),
+        ("data", "batch_size", 8, r"another data\.batch_size\n.*\n  got: 16 in the check.*, 8 in"),
+        ("cache", "storage", "float16", r"another cache\.storage\n.*\n  got: 'float32' in the"),
+        (
+            "evaluation",
+            "protocol",
+            "released",
+            r"another evaluation\.protocol\n.*\n  got: 'causal'",
+        ),
+    ],
+)
+def test_a_run_does_not_go_on_as_another_one(
+    dataset: PreparedDataset, tmp_path: Path, section: str, key: str, value: object, message: str
+) -> None:
+    run_url = str(tmp_path / "run")
+    config = tiny.experiment(dataset.url, run_url)
+    with pytest.raises(Stopped):
+        tiny.build_trainer(config, dataset, StopIn("epoch 2/3, training", 1)).fit()
+    base = config.model_dump()[section]
+    other = tiny.experiment(dataset.url, run_url, {section: {**base, key: value}})
+    events_before = sorted((tmp_path / "run" / "tensorboard").iterdir())
+    with pytest.raises(CheckpointError, match=message) as caught:
+        tiny.build_trainer(other, dataset).fit(resume=True)
+    assert "config.yaml" in caught.value.remedy
+    # What the remedy points to is still there.
+    assert load_config(f"{run_url}/config.yaml") == config
+    assert sorted((tmp_path / "run" / "tensorboard").iterdir()) == events_before
+
+
+def test_a_deep_difference_is_named(dataset: PreparedDataset, tmp_path: Path) -> None:
+    run_url = str(tmp_path / "run")
+    with pytest.raises(Stopped):
+        tiny.build_trainer(
+            tiny.experiment(dataset.url, run_url), dataset, StopIn("epoch 2/3, training", 1)
+        ).fit()
+    schedule = {"schedule": {"epochs": 4, "warmup_epochs": 1}}
+    longer = tiny.experiment(dataset.url, run_url, {"training": schedule})
+    with pytest.raises(CheckpointError, match=r"got: schedule\.epochs 3 in the checkpoint, 4 in"):
+        tiny.build_trainer(longer, dataset).fit(resume=True)
+
+
+def test_what_does_not_change_the_model_may_change(
+    dataset: PreparedDataset, tmp_path: Path
+) -> None:
+    whole = tiny.build_trainer(tiny.experiment(dataset.url, str(tmp_path / "whole")), dataset)
+    expected = state_of(whole, whole.fit())
+    run_url = str(tmp_path / "parts")
+    config = tiny.experiment(dataset.url, run_url)
+    with pytest.raises(Stopped):
+        tiny.build_trainer(config, dataset, StopIn("epoch 2/3, training", 1)).fit()
+    other = tiny.experiment(
+        dataset.url,
+        run_url,
+        {"cache": {"num_shards": 5, "block_rows": 32}, "run": {"log_every_steps": 1}},
+    )
+    trainer = tiny.build_trainer(other, dataset)
+    assert state_of(trainer, trainer.fit(resume=True)) == expected
+
+
+def test_another_data_set_is_refused(dataset: PreparedDataset, tmp_path: Path) -> None:
+    config = tiny.experiment(dataset.url, str(tmp_path / "run"))
+    with pytest.raises(Stopped):
+        tiny.build_trainer(config, dataset, StopIn("epoch 2/3, training", 1)).fit()
+    other = tiny.prepare_events(tmp_path / "other", seed=1)
+    with pytest.raises(
+        CheckpointError, match=r"made with another data set(.*\n)*  remedy: set data\.url"
+    ):
+        tiny.build_trainer(config, other).fit(resume=True)
+
+
+def test_a_folder_with_checkpoints_is_not_begun_again(
+    dataset: PreparedDataset, tmp_path: Path
+) -> None:
+    config = tiny.experiment(dataset.url, str(tmp_path / "run"))
+    with pytest.raises(Stopped):
+        tiny.build_trainer(config, dataset, StopIn("epoch 2/3, training", 1)).fit()
+    other = tiny.experiment(dataset.url, str(tmp_path / "run"), {"cache": {"num_shards": 1}})
+    with pytest.raises(CheckpointError, match=r"already holds checkpoints(.*\n)*.*--resume"):
+        tiny.build_trainer(other, dataset).fit()
+    assert load_config(str(tmp_path / "run" / "config.yaml")) == config, "it was left alone"
+
+
+@pytest.mark.parametrize("best_epoch", [0, 1, 2])
+def test_the_best_epoch_is_tested_and_kept(
+    dataset: PreparedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, best_epoch: int
+) -> None:
+    trainer = tiny.build_trainer(tiny.experiment(dataset.url, str(tmp_path / "run")), dataset)
+    real_evaluate = trainer.evaluate
+    weights: list[torch.Tensor] = []
+
+    def evaluate(
+        span: Span, step: int, stage: str, protocol: Protocol | None = None
+    ) -> tuple[PartResult, int]:
+        result, step = real_evaluate(span, step, stage, protocol)
+        if stage != "test":
+            rank = 0.1 if len(weights) == best_epoch else 0.2
+            result = dataclasses.replace(
+                result, normalized_rank=np.full_like(result.normalized_rank, rank)
+            )
+        weights.append(trainer.model.encoder.output.weight.detach().clone())
+        return result, step
+
+    monkeypatch.setattr(trainer, "evaluate", evaluate)
+    result = trainer.fit()
+    assert result.best.epoch == best_epoch
+    assert result.best.validation_rank == pytest.approx(0.1)
+    assert result.checkpoint_url == trainer.store.epoch_url(best_epoch)
+    tested = weights[3]
+    equal = [torch.equal(tested, weight) for weight in weights[:3]]
+    assert equal == [epoch == best_epoch for epoch in range(3)]
+    left = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert left == {f"epoch-{best_epoch:04d}", "epoch-0002"}
+    assert read_checkpoint(trainer.store.epoch_url(2)).position.best == result.best
+
+
+def test_of_equal_epochs_the_first_is_best(
+    dataset: PreparedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = tiny.build_trainer(tiny.experiment(dataset.url, str(tmp_path / "run")), dataset)
+    real_evaluate = trainer.evaluate
+
+    def evaluate(
+        span: Span, step: int, stage: str, protocol: Protocol | None = None
+    ) -> tuple[PartResult, int]:
+        result, step = real_evaluate(span, step, stage, protocol)
+        ranks = np.full_like(result.normalized_rank, 0.5)
+        return dataclasses.replace(result, normalized_rank=ranks), step
+
+    monkeypatch.setattr(trainer, "evaluate", evaluate)
+    assert trainer.fit().best.epoch == 0
+
+
+@pytest.mark.parametrize("log_every_steps", [1, 4, 100])
+@pytest.mark.parametrize("bad_step", [0, 6, 14])
+def test_a_loss_that_is_not_finite_stops_the_run(
+    dataset: PreparedDataset, tmp_path: Path, bad_step: int, log_every_steps: int
+) -> None:
+    run = {"log_every_steps": log_every_steps}
+    config = tiny.experiment(dataset.url, str(tmp_path / "run"), {"run": run})
+    trainer = tiny.build_trainer(config, dataset)
+    real_step = trainer.step
+    num_steps = 0
+
+    def step(*args: Any) -> ModelOutput:
+        nonlocal num_steps
+        output = real_step(*args)
+        num_steps += 1
+        if num_steps == trainer.steps_per_epoch + bad_step + 1:
+            output = dataclasses.replace(output, item_loss=torch.tensor(float("nan")))
+        return output
+
+    trainer.step = step  # type: ignore[assignment]
+    first = trainer.train_span.start + bad_step * tiny.BATCH
+    message = (
+        rf"the loss is not finite\n  where: epoch 1, step {bad_step}, "
+        rf"events at positions {first} to {first + tiny.BATCH - 1}\n  got: .*item branch nan"
+    )
+    with pytest.raises(NonFiniteLossError, match=message):
+        trainer.fit()
+    latest = trainer.store.latest()
+    assert latest == trainer.store.epoch_url(0)
+    assert read_checkpoint(latest).position.epochs_done == 1
+
+
+def test_weights_that_the_last_step_broke_are_not_saved(
+    dataset: PreparedDataset, tmp_path: Path
+) -> None:
+    """Their scores would be NaN, which is above nothing: the best ranks of all."""
+    trainer = tiny.build_trainer(tiny.experiment(dataset.url, str(tmp_path / "run")), dataset)
+    real_step = trainer.step
+    num_steps = 0
+
+    def step(*args: Any) -> ModelOutput:
+        nonlocal num_steps
+        output = real_step(*args)
+        num_steps += 1
+        if num_steps == 2 * trainer.steps_per_epoch:
+            with torch.no_grad():
+                trainer.model.encoder.output.weight[0, 0] = float("inf")
+        return output
+
+    trainer.step = step  # type: ignore[assignment]
+    message = r"weights are not finite\n  where: after the last step of epoch 1, encoder\.output"
+    with pytest.raises(NonFiniteLossError, match=message):
+        trainer.fit()
+    assert trainer.store.latest() == trainer.store.epoch_url(0)
+
+
+def test_the_learning_rate_too_high_ends_in_words(dataset: PreparedDataset, tmp_path: Path) -> None:
+    schedule = {"base_lr": 1e38, "epochs": 2, "warmup_epochs": 0}
+    changes = {"training": {"schedule": schedule}}
+    config = tiny.experiment(dataset.url, str(tmp_path / "run"), changes)
+    with pytest.raises(NonFiniteLossError, match=r"lower training\.schedule\.base_lr"):
+        tiny.build_trainer(config, dataset).fit()
+
+
+def test_the_report_and_its_re_evaluation(dataset: PreparedDataset, tmp_path: Path) -> None:
+    config = tiny.experiment(dataset.url, str(tmp_path / "run"))
+    with tiny.build_client(config) as client:
+        result = run_training(config, client, World.current(), resume=False)
+    report = read_report(config, "causal")
+    assert metrics_to_json(report.rows["felrec-q"]) == metrics_to_json(result.test.metrics())
+    assert list(report.rows) == ["felrec-q", "most popular", "random"]
+    assert report.checkpoint_url == result.checkpoint_url
+    assert report.rows["random"]["total"].normalized_rank == pytest.approx(0.5)
+    first = Path(f"{report_url(config, 'causal')}.parquet").read_bytes()
+
+    with tiny.build_client(config) as client:
+        again = run_evaluation(
+            config,
+            client,
+            World.current(),
+            checkpoint_url=result.checkpoint_url,
+            protocol="causal",
+        )
+    np.testing.assert_array_equal(again.normalized_rank, result.test.normalized_rank)
+    np.testing.assert_array_equal(again.is_hit, result.test.is_hit)
+    assert Path(f"{report_url(config, 'causal')}.parquet").read_bytes() == first
+    assert read_report(config, "causal").to_json() == report.to_json()
+
+
+def test_a_batch_that_does_not_fit_is_refused(dataset: PreparedDataset, tmp_path: Path) -> None:
+    data = {"url": dataset.url, "batch_size": 256}
+    config = tiny.experiment(dataset.url, str(tmp_path), {"data": data})
+    with pytest.raises(
+        ConfigError, match=r"holds no whole batch\n.*\n  got: data\.batch_size = 256, 240 training"
+    ):
+        tiny.build_trainer(config, dataset)
+    data["batch_size"] = 240
+    config = tiny.experiment(dataset.url, str(tmp_path / "run"), {"data": data})
+    assert tiny.build_trainer(config, dataset).steps_per_epoch == 1
+    config = tiny.experiment(dataset.url, str(tmp_path))
+    with pytest.raises(ConfigError, match=r"equal slices\n  got: data\.batch_size = 16, 3 ranks"):
+        Trainer(config, dataset, tiny.build_client(config), World(0, 3, torch.device("cpu")))
+
+
+def test_a_part_without_events_is_refused(
+    dataset: PreparedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split = dataclasses.replace(dataset.split, test=Span(300, 300))
+    emptied = PreparedDataset.open(dataset.url)
+    emptied.split = split
+    monkeypatch.setattr(PreparedDataset, "open", lambda url: emptied)
+    config = tiny.experiment(dataset.url, str(tmp_path / "run"))
+    with (
+        tiny.build_client(config) as client,
+        pytest.raises(DatasetError, match=r"the test part (.*\n)*.*--test-fraction"),
+    ):
+        run_training(config, client, World.current(), resume=False)
