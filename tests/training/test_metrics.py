@@ -1,0 +1,161 @@
+"""What TensorBoard reads back of a run: every figure, with its unit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from felrec_dist.data.dataset import PreparedDataset
+from felrec_dist.training.clock import PHASES, PhaseClock
+from felrec_dist.training.metrics import RunLog
+from felrec_dist.training.trainer import NoProgress
+from tests import tiny
+
+STEPS = 15
+PARTITIONS = ("observed", "new_users", "new_items", "total")
+STEP_TAGS = {
+    "loss/total",
+    "loss/user",
+    "loss/item",
+    "optimizer/learning_rate",
+    "optimizer/gradient_norm",
+    "speed/train(events per s)",
+    "cache/distinct_ids(share of ids read)",
+    *(
+        f"time_share/{phase}(%)"
+        for phase in ("data", "histories", "fetch", "encode", "backward", "exchange", "write_back")
+    ),
+}
+CHANCE_TAGS = {"loss/user_below_chance(nats)", "loss/item_below_chance(nats)"}
+CACHE_TAGS = {
+    f"cache/{table}/size({unit})/shard_{shard}"
+    for table in ("user", "item")
+    for unit in ("rows", "bytes")
+    for shard in range(2)
+}
+
+
+def read(folder: Path) -> dict[str, dict[int, float]]:
+    """Value by step, by tag."""
+    accumulator = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    accumulator.Reload()
+    return {
+        tag: {event.step: event.value for event in accumulator.Scalars(tag)}
+        for tag in accumulator.Tags()["scalars"]
+    }
+
+
+def evaluation_tags(part: str, partitions: tuple[str, ...] = PARTITIONS) -> set[str]:
+    kinds = ("rank(0..1)", "HR@10(%)")
+    return {f"{part}/{kind}/{partition}" for kind in kinds for partition in partitions}
+
+
+@pytest.mark.parametrize("variant", ["felrec-q", "felrec-p"])
+def test_a_run_logs_every_figure(dataset: PreparedDataset, tmp_path: Path, variant: str) -> None:
+    base = tiny.experiment(dataset.url, "run").model_dump()["model"]
+    changes = {"model": {**base, "variant": variant}}
+    config = tiny.experiment(dataset.url, str(tmp_path / "run"), changes)
+    trainer = tiny.build_trainer(config, dataset)
+    result = trainer.fit()
+    scalars = read(tmp_path / "run" / "tensorboard")
+
+    present = tuple(name for name, m in result.test.metrics().items() if m.num_events)
+    in_validation = tuple(name for name, m in result.validation[0].items() if m.num_events)
+    expected = STEP_TAGS | CACHE_TAGS
+    expected |= evaluation_tags("validation", in_validation) | evaluation_tags("test", present)
+    if variant == "felrec-q":
+        expected |= CHANCE_TAGS
+    assert scalars.keys() == expected
+
+    for tag in STEP_TAGS:
+        assert list(scalars[tag]) == [5, 10, 15, 20, 25, 30, 35, 40, 45]
+    for tag in CACHE_TAGS | evaluation_tags("validation", in_validation):
+        assert list(scalars[tag]) == [15, 30, 45]
+    assert list(scalars["test/rank(0..1)/total"]) == [45]
+
+    for step, total in scalars["loss/total"].items():
+        user, item = scalars["loss/user"][step], scalars["loss/item"][step]
+        assert total == pytest.approx(user + item, rel=1e-5)
+        if variant == "felrec-q":
+            below = scalars["loss/user_below_chance(nats)"][step]
+            assert below == pytest.approx(math.log(41) - user, abs=1e-4)
+        shares = [values[step] for tag, values in scalars.items() if tag.startswith("time_share")]
+        assert sum(shares) == pytest.approx(100.0, abs=0.01)
+        assert 0 < scalars["cache/distinct_ids(share of ids read)"][step] < 1
+        assert scalars["optimizer/gradient_norm"][step] > 0
+        assert scalars["speed/train(events per s)"][step] > 0
+    # The last epoch's five steps are the last entry: their mean loss, and the rate of the last.
+    assert scalars["optimizer/learning_rate"][45] == pytest.approx(1e-7, rel=1e-3)
+    mean_loss = sum(scalars["loss/total"][step] for step in (35, 40, 45)) / 3
+    if result.best.epoch == 2:
+        assert mean_loss == pytest.approx(result.training_loss, rel=1e-5)
+
+    rows = sum(scalars[f"cache/user/size(rows)/shard_{shard}"][15] for shard in range(2))
+    batches = range(trainer.train_span.start, trainer.train_span.stop)
+    assert 0 < rows <= len(batches)
+    assert scalars["cache/user/size(bytes)/shard_0"][15] >= 4 * 8 * rows / 4
+    metrics = result.test.metrics()["total"]
+    found_rank = scalars["test/rank(0..1)/total"][45]
+    assert found_rank == pytest.approx(metrics.normalized_rank, rel=1e-5)
+    assert scalars["test/HR@10(%)/total"][45] == pytest.approx(100 * metrics.hit_rate, rel=1e-5)
+
+
+class StopLate(NoProgress):
+    """Stops in the second epoch, after ten of its steps were logged."""
+
+    def __init__(self) -> None:
+        self.stage = ""
+        self.num_advances = 0
+
+    def begin(self, stage: str, num_events: int) -> None:
+        self.stage = stage
+
+    def advance(self, num_events: int, facts: Mapping[str, float]) -> None:
+        self.num_advances += self.stage == "epoch 2/3, training"
+        if self.num_advances == 2:
+            raise KeyboardInterrupt
+
+
+def test_a_resumed_run_is_one_curve(dataset: PreparedDataset, tmp_path: Path) -> None:
+    whole = tiny.build_trainer(tiny.experiment(dataset.url, str(tmp_path / "whole")), dataset)
+    whole.fit()
+    config = tiny.experiment(dataset.url, str(tmp_path / "parts"))
+    with pytest.raises(KeyboardInterrupt):
+        tiny.build_trainer(config, dataset, StopLate()).fit()
+    folder = tmp_path / "parts" / "tensorboard"
+    assert list(read(folder)["loss/total"]) == [5, 10, 15, 20, 25]
+    tiny.build_trainer(config, dataset).fit(resume=True)
+    expected = read(tmp_path / "whole" / "tensorboard")
+    accumulated = read(folder)
+    for tag in ("loss/user", "optimizer/gradient_norm", "validation/rank(0..1)/total"):
+        assert accumulated[tag] == expected[tag]
+    # Steps that were done twice stand there once.
+    accumulator = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    accumulator.Reload()
+    steps = [event.step for event in accumulator.Scalars("loss/total")]
+    assert steps == sorted(set(steps))
+
+
+def test_other_ranks_write_nothing(tmp_path: Path) -> None:
+    log = RunLog(str(tmp_path), is_writer=False)
+    log.cache(1, [])
+    log.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_clock_gives_each_phase_its_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([0.0, 1.0, 10.0, 12.0, 20.0, 24.0])
+    monkeypatch.setattr("felrec_dist.training.clock.time.perf_counter", lambda: next(times))
+    clock = PhaseClock()
+    with clock("fetch"):
+        pass
+    with clock("encode"):
+        pass
+    with pytest.raises(KeyError, match="x"), clock("fetch"):
+        raise KeyError("x")
+    assert clock.take() == {**dict.fromkeys(PHASES, 0.0), "fetch": 5.0, "encode": 2.0}
+    assert set(clock.take().values()) == {0.0}
