@@ -45,6 +45,9 @@ class ClusterConfig(Section):
     cpus_per_worker: float = Field(1.0, gt=0.0)
     gpus_per_worker: float = Field(0.0, ge=0.0)
     start_timeout_s: float = Field(300.0, gt=0.0, description="limit for shards to come up")
+    collective_timeout_s: float = Field(
+        1800.0, gt=0.0, description="limit of a rank's wait for the others, a checkpoint included"
+    )
 
 
 class ExperimentConfig(Section):

@@ -110,7 +110,7 @@ def _fit(config: ExperimentConfig, job: Job, shards: ShardHandles, board: Any) -
             num_workers=cluster.num_workers, use_gpu=use_gpu, resources_per_worker=resources
         ),
         torch_config=ray.train.torch.TorchConfig(
-            backend="nccl" if use_gpu else "gloo", timeout_s=int(cluster.start_timeout_s)
+            backend="nccl" if use_gpu else "gloo", timeout_s=int(cluster.collective_timeout_s)
         ),
         run_config=ray.train.RunConfig(failure_config=ray.train.FailureConfig(max_failures=0)),
     )

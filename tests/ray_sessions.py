@@ -55,7 +55,7 @@ class Rank:
             dist.destroy_process_group()
 
 
-def run_on_ranks(
+def run_on_ray_ranks(
     world_size: int, folder: Path, timeout_s: float, function: Callable[..., Any], *args: Any
 ) -> list[Any]:
     """Runs a function on W ranks that Ray placed; returns what each returned, in rank order."""

@@ -5,7 +5,8 @@ Shape legend: b events of this rank, B events of the batch, W ranks, d any width
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from felrec_dist.data.stream import slice_bounds
+from felrec_dist.errors import TrainingError
 from felrec_dist.training.world import World
 
 
@@ -48,6 +50,37 @@ class Exchange:
                 [by_rank[rank, : stop - start] for rank, (start, stop) in enumerate(bounds)]
             )
         return list(gathered.split([part.shape[1] for part in parts_bd], dim=1))
+
+    def check_equal(self, state: Mapping[str, Tensor], *, where: str) -> None:
+        """Compares a digest of the state over the ranks: what is meant to be equal must be.
+
+        Args:
+            state: tensors by name, such as the parameters, the queues and the running statistics.
+            where: for the message.
+
+        Raises:
+            TrainingError: on every rank, naming those that differ from the first.
+        """
+        if self.world.world_size == 1:
+            return
+        hasher = hashlib.sha256()
+        for name in sorted(state):
+            hasher.update(name.encode())
+            hasher.update(state[name].detach().cpu().contiguous().view(-1).numpy().tobytes())
+        digest = int.from_bytes(hasher.digest()[:8], "little", signed=True)
+        local = torch.tensor([digest], device=self.world.device)
+        digests = local.new_empty(self.world.world_size)
+        dist.all_gather_into_tensor(digests, local)
+        different = [rank for rank, other in enumerate(digests.tolist()) if other != digests[0]]
+        if different:
+            raise TrainingError(
+                "the ranks do not hold the same model any more",
+                where=where,
+                got=f"ranks {', '.join(map(str, different))} differ from rank 0",
+                expected="equal parameters, queues and running statistics on all ranks",
+                remedy="go back to the last checkpoint with --resume; if it comes again, "
+                "compare hardware and library versions of the nodes of these ranks",
+            )
 
     def sum(self, x: Tensor) -> Tensor:
         """Returns the sum of every rank's x; x may be overwritten."""

@@ -282,6 +282,7 @@ class Trainer:
 
     def save(self, epoch: int, position: RunPosition) -> None:
         """Commits a checkpoint; of the earlier ones only the best stays."""
+        self.exchange.check_equal(self.model.state_dict(), where=f"after epoch {epoch}")
         self.client.flush()
         # Every rank's writes are in the shards before the first rank has them snapshot.
         self.world.barrier()

@@ -23,7 +23,7 @@ from tests.invariants.test_reference_trajectories import (
     prepare_events,
     replay,
 )
-from tests.ray_sessions import ray_session, run_on_ranks
+from tests.ray_sessions import ray_session, run_on_ray_ranks
 from tests.trajectories import FOLDER, Trajectory
 
 pytestmark = [
@@ -65,7 +65,7 @@ def test_any_number_of_ranks_and_shards(
         block_rows=config.cache.block_rows,
     )
     try:
-        run_on_ranks(num_workers, tmp_path, 240.0, _replay, trajectory, config, dataset, shards)
+        run_on_ray_ranks(num_workers, tmp_path, 240.0, _replay, trajectory, config, dataset, shards)
     finally:
         destroy_shard_actors(shards)
 

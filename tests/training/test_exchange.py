@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from felrec_dist.data.stream import slice_bounds
+from felrec_dist.errors import TrainingError
 from felrec_dist.training.exchange import Exchange
 from felrec_dist.training.world import World
 from tests.ranks import run_on_ranks
@@ -54,3 +55,23 @@ def test_every_rank_gets_the_whole_batch_in_event_order(world_size: int, tmp_pat
 
 def test_one_rank_needs_no_process_group() -> None:
     check(gather_on_this_rank(), 1)
+
+
+def check_on_this_rank(odd_rank: int) -> str:
+    """Holds the same state as every rank, but for one bit on the odd one."""
+    world = World.current()
+    queue = torch.arange(6.0).reshape(2, 3)
+    if world.rank == odd_rank:
+        queue[1, 2] = torch.nextafter(queue[1, 2], torch.tensor(9.0))
+    try:
+        Exchange(world).check_equal({"queue": queue, "next_slot": torch.tensor(3)}, where="here")
+    except TrainingError as error:
+        return str(error)
+    return ""
+
+
+def test_a_rank_that_differs_in_one_bit_is_named_on_all_ranks(tmp_path: Path) -> None:
+    assert run_on_ranks(3, tmp_path, check_on_this_rank, -1) == ["", "", ""]
+    for message in run_on_ranks(3, tmp_path, check_on_this_rank, 2):
+        assert "ranks 2 differ from rank 0" in message
+        assert "where: here" in message
