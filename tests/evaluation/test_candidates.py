@@ -1,4 +1,4 @@
-"""Candidates split over ranks: the sums of W ranks' counts are those of a loop over single scores."""
+"""Candidates split over ranks: the counts add up to those of a loop over single scores."""
 
 from __future__ import annotations
 
