@@ -29,6 +29,7 @@ IdKind = Literal["int", "string"]
 Unit = Literal["s", "ms", "us", "iso"]
 INTERRUPTED = 130
 FAILED = 1
+REPORT_WIDTH = 120
 
 
 def main() -> None:
@@ -240,12 +241,8 @@ def train(
 
             on_ray.run(experiment, on_ray.Job(resume=resume), progress)
     _print_report(console, experiment, experiment.evaluation.protocol)
-    console.print(f"run folder: {experiment.run.url}", highlight=False, soft_wrap=True)
-    console.print(
-        f"TensorBoard: tensorboard --logdir {experiment.run.url}/tensorboard",
-        highlight=False,
-        soft_wrap=True,
-    )
+    typer.echo(f"run folder: {experiment.run.url}")
+    typer.echo(f"TensorBoard: tensorboard --logdir {experiment.run.url}/tensorboard")
 
 
 @app.command()
@@ -297,6 +294,9 @@ def _print_report(
             f"chance {report.chance_loss:.3f}",
             highlight=False,
         )
+    if not console.is_terminal:
+        # A file or a pipe has no edge to cut figures off at.
+        console.width = max(console.width, REPORT_WIDTH)
     caption = "rank: 0 best, 1 worst, 0.5 chance" + (
         "" if protocol == "causal" else "; most popular: causal protocol"
     )
@@ -308,9 +308,7 @@ def _print_report(
             caption=caption,
         )
     )
-    console.print(
-        f"{report_url(experiment, protocol)}.json, .parquet", highlight=False, soft_wrap=True
-    )
+    typer.echo(f"{report_url(experiment, protocol)}.json, .parquet")
 
 
 def _column_number(text: str) -> int:

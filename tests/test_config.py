@@ -14,7 +14,10 @@ from felrec_dist.config import dump_config, load_config, parse_config, with_abso
 from felrec_dist.errors import ConfigError
 
 FILES = sorted(Path(configs.__path__[0]).glob("*.yaml"))
-MINIMAL: dict[str, dict[str, Any]] = {"data": {"url": "data", "batch_size": 8}, "run": {"url": "run"}}
+MINIMAL: dict[str, dict[str, Any]] = {
+    "data": {"url": "data", "batch_size": 8},
+    "run": {"url": "run"},
+}
 MINIMAL_YAML = "data: {url: data, batch_size: 8}\nrun: {url: run}\n"
 
 
