@@ -56,7 +56,7 @@ def state_of(trainer: Trainer, result: RunResult) -> dict[str, Any]:
         "hits": result.test.is_hit.tolist(),
         "model": {name: t.tolist() for name, t in trainer.model.state_dict().items()},
         "last": {
-            name: tensor.tolist()
+            name: (tensor.tolist(), tensor.dtype)
             for checkpoint in [read_checkpoint(trainer.store.epoch_url(2))]
             for name, tensor in {**checkpoint.model, **checkpoint.optimizer}.items()
         },
