@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: setup demo test lint
+.PHONY: setup demo test test-slow lint
 setup: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml launch/install.sh launch/constraints.txt
@@ -20,7 +20,10 @@ demo: $(INSTALLED)
 	$(BIN)/felrec train configs/demo.yaml
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest -m slow
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
