@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from felrec_dist.data.dataset import PreparedDataset, Span
 from felrec_dist.data.histories import HistoryReader
 from felrec_dist.data.stream import EventBatch, EventStream, slice_bounds
+from felrec_dist.errors import TrainingError
 from felrec_dist.evaluation.candidates import Ballot, CandidateMatrix
 from felrec_dist.evaluation.counts import RankCounts
 from felrec_dist.evaluation.negatives import (
@@ -190,6 +191,15 @@ class Evaluator:
             representations = self.model.represent(inputs)
         with self.clock("exchange"):
             user_BD, item_BD = self.exchange.gather_batch(representations, len(batch))
+        # Nothing scores above a NaN: such an event would count as ranked perfectly.
+        if not bool(user_BD.isfinite().all() & item_BD.isfinite().all()):
+            last = batch.first_position + len(batch) - 1
+            raise TrainingError(
+                "a representation is not finite in evaluation",
+                where=f"events at positions {batch.first_position} to {last}",
+                expected="finite numbers only",
+                remedy="lower training.schedule.base_lr and go back to the last checkpoint",
+            )
         return user_BD, item_BD
 
     def _ballot(

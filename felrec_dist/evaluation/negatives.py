@@ -33,8 +33,7 @@ def draw_without_replacement(
         num_negatives: M.
     """
     num_events = len(targets_B)
-    is_candidate_B = targets_B < num_seen
-    pool_B = num_seen - is_candidate_B
+    pool_B = num_seen - (targets_B < num_seen)
     drawn_BM = np.full((num_events, num_negatives), -1, dtype=np.int64)
     for m in range(num_negatives):
         # The m-th of M draws from a pool of P looks at its first P - M + m + 1 members.
@@ -45,8 +44,9 @@ def draw_without_replacement(
         is_repeated_B = (drawn_BM[:, :m] == choice_B[:, None]).any(axis=1)
         choice_B = np.where(is_repeated_B, last_B, choice_B)
         drawn_BM[:, m] = np.where(is_drawn_B, choice_B, -1)
-    # The pool is the candidates without the target: rows from the target on move up by one.
-    drawn_BM += (drawn_BM >= targets_B[:, None]) & is_candidate_B[:, None]
+    # The pool is the candidates without the target: rows from the target on move up by one, which
+    # are none where the target lies beyond the candidates.
+    drawn_BM += drawn_BM >= targets_B[:, None]
     return drawn_BM
 
 

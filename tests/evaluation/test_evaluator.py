@@ -1,0 +1,93 @@
+"""One pass over a span: what it scores, writes and leaves does not depend on what is asked."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from felrec_dist.data.stream import EventStream
+from felrec_dist.evaluation.counts import RankCounts
+from felrec_dist.evaluation.evaluator import Protocol
+from felrec_dist.evaluation.negatives import batch_generator, draw_with_replacement
+from felrec_dist.training.metrics import RunLog
+from felrec_dist.training.trainer import Trainer
+from tests.data.oracle import prepare_rows
+from tests.invariants.test_causality import BATCH, build, random_rows
+
+
+def trained(folder: Path) -> Trainer:
+    folder.mkdir()
+    dataset = prepare_rows(random_rows(1), folder, validation_fraction="0.2", test_fraction="0.2")
+    trainer = build(dataset, str(folder / "run"), "felrec-q", "causal")
+    trainer.train_epoch(0, RunLog(str(folder / "run"), is_writer=False))
+    return trainer
+
+
+def rows_of_all(trainer: Trainer, step: int) -> list[bytes]:
+    dataset = trainer.dataset
+    fetched = trainer.client.fetch(step, {"user": dataset.users.ids, "item": dataset.items.ids})
+    return [fetched[side].rows.tobytes() for side in ("user", "item")]
+
+
+def test_protocols_share_one_pass(tmp_path: Path) -> None:
+    asked: tuple[tuple[Protocol, ...], ...] = (("causal", "released"), ("causal",), ("released",))
+    counts: dict[Protocol, list[RankCounts]] = {"causal": [], "released": []}
+    caches = []
+    for protocols in asked:
+        trainer = trained(tmp_path / "-".join(protocols))
+        span = trainer.dataset.split.validation
+        results, step = trainer.evaluator.evaluate(span, trainer.steps_per_epoch, protocols)
+        assert tuple(results) == protocols
+        assert step == trainer.steps_per_epoch + -(-len(span) // BATCH)
+        caches.append(rows_of_all(trainer, step))
+        for protocol, result in results.items():
+            counts[protocol].append(result.counts)
+    assert caches[0] == caches[1] == caches[2]
+    for together, alone in counts.values():
+        for field in fields(RankCounts):
+            np.testing.assert_array_equal(
+                getattr(together, field.name), getattr(alone, field.name), err_msg=field.name
+            )
+
+
+def test_released_has_all_items_up_to_the_end_of_the_batch(tmp_path: Path) -> None:
+    """And its negatives, drawn with repeats, may hold the target, which then ties with itself."""
+    trainer = trained(tmp_path / "data")
+    dataset, span = trainer.dataset, trainer.dataset.split.validation
+    results, _ = trainer.evaluator.evaluate(span, trainer.steps_per_epoch, ["causal", "released"])
+    released, causal = results["released"].counts, results["causal"].counts
+    events = 0
+    for batch, _ in EventStream(dataset, span, BATCH).batches():
+        before = int((dataset.items.first_positions < batch.first_position).sum())
+        after = int((dataset.items.first_positions < batch.first_position + len(batch)).sum())
+        negatives_BM = draw_with_replacement(
+            batch_generator(0, batch.first_position), after, len(batch), 5
+        )
+        for target, negatives in zip(batch.item_index, negatives_BM, strict=True):
+            assert released.num_candidates[events] == after
+            assert causal.num_candidates[events] == before + (target >= before)
+            assert released.negatives_tied[events] >= (negatives == target).sum()
+            events += 1
+    assert events == len(span)
+    assert (released.num_candidates != causal.num_candidates).any()
+
+
+def test_the_model_goes_on_in_the_mode_it_was_in(tmp_path: Path) -> None:
+    trainer = trained(tmp_path / "data")
+    assert trainer.model.training
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+
+    def interrupt(num_events: int) -> None:
+        assert num_events == BATCH
+        assert not trainer.model.training
+        raise KeyboardInterrupt("stopped by hand")
+
+    span = trainer.dataset.split.validation
+    with pytest.raises(KeyboardInterrupt, match="stopped by hand"):
+        trainer.evaluator.evaluate(span, trainer.steps_per_epoch, on_batch=interrupt)
+    assert trainer.model.training
+    for name, value in trainer.model.state_dict().items():
+        assert bool((value == before[name]).all()), f"evaluation changed {name}"
