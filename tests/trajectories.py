@@ -75,7 +75,7 @@ class Trajectory:
         )
 
     def parameters(self, stage: str) -> dict[str, torch.Tensor]:
-        """The model's state at ``init`` or ``final`` under our names; queues as the ring holds them."""
+        """The model's state at ``init`` or ``final`` under our names."""
         prefix = f"{stage}/"
         return {
             _our_name(name.removeprefix(prefix)): torch.from_numpy(array)

@@ -13,7 +13,13 @@ import torch
 
 from felrec_dist.config import ExperimentConfig, load_config
 from felrec_dist.data.dataset import PreparedDataset, Span
-from felrec_dist.errors import CheckpointError, ConfigError, DatasetError, NonFiniteLossError
+from felrec_dist.errors import (
+    CheckpointError,
+    ConfigError,
+    DatasetError,
+    NonFiniteLossError,
+    TrainingError,
+)
 from felrec_dist.evaluation.evaluator import Protocol
 from felrec_dist.evaluation.result import PartResult, metrics_to_json
 from felrec_dist.model.felrec import ModelOutput
@@ -438,3 +444,15 @@ def test_a_part_without_events_is_refused(
         pytest.raises(DatasetError, match=r"the test part (.*\n)*.*--test-fraction"),
     ):
         run_training(config, client, World.current(), resume=False)
+
+
+def test_representations_that_are_not_finite_are_not_ranked(
+    dataset: PreparedDataset, tmp_path: Path
+) -> None:
+    trainer = tiny.build_trainer(tiny.experiment(dataset.url, str(tmp_path / "run")), dataset)
+    with torch.no_grad():
+        trainer.model.encoder.output.bias[0] = torch.inf
+    span = dataset.split.validation
+    where = f"positions {span.start} to {span.start + tiny.BATCH - 1}"
+    with pytest.raises(TrainingError, match=f"(?s)representation is not finite.*{where}"):
+        trainer.evaluate(span, 0, "validation")
