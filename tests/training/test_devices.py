@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from tests.tiny import build_client, experiment, prepare_events
 @pytest.mark.parametrize("variant", ["felrec-q", "felrec-p"])
 def test_losses_and_ranks_are_those_of_the_cpu(variant: str, tmp_path: Path) -> None:
     dataset = prepare_events(tmp_path)
-    changes = {
+    changes: dict[str, dict[str, Any]] = {
         "model": {
             "variant": variant,
             "encoder": {"history_length": 4, "width": 8, "num_heads": 2, "dropout": 0.0},
