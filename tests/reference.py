@@ -132,7 +132,7 @@ class ReferenceFELRec:
     def causal_counts(
         self, start: int, users: Sequence[Tensor], seen: Sequence[int]
     ) -> list[tuple[int, int, int]]:
-        """Returns (above, tied, candidates) of each event against what was seen before the batch."""
+        """Returns (above, tied, candidates) of each event among items seen before the batch."""
         unseen = encode(self.model, [], self.model.user_type_embedding, self.history_length)
         counts = []
         for event, user in zip(self.events[start : start + len(users)], users, strict=True):
