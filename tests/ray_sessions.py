@@ -20,7 +20,7 @@ GROUP_TIMEOUT_S = 60.0
 def ray_session(num_cpus: int = 2) -> Iterator[None]:
     """Starts a small Ray and stops it."""
     with pytest.MonkeyPatch.context() as environment:
-        # Ray asks for a token as soon as one lies in the home folder; this session needs none.
+        # Ray asks for a token as soon as one lies in the home folder; the tests need none.
         environment.setenv("RAY_AUTH_MODE", "disabled")
         ray.init(
             num_cpus=num_cpus,

@@ -42,7 +42,7 @@ pytestmark = pytest.mark.ray
 @pytest.fixture(scope="module")
 def ray_session() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as environment:
-        # Ray asks for a token as soon as one lies in the home folder; this session needs none.
+        # Ray asks for a token as soon as one lies in the home folder; the test needs none.
         environment.setenv("RAY_AUTH_MODE", "disabled")
         ray.init(
             num_cpus=2,
