@@ -26,7 +26,7 @@ def identity_rows(
         salt: keeps the users' vectors apart from the items'.
     """
     num_words = -(-width // 64)
-    seeds_M = (mix64(ids_M) ^ mix64(np.array([salt]))).view(np.int64)
+    seeds_M = mix64(mix64(ids_M).view(np.int64) + salt).view(np.int64)
     words_Mw = seeds_M[:, None] + np.arange(1, num_words + 1, dtype=np.int64)
     bits = np.unpackbits(mix64(words_Mw.ravel()).view(np.uint8)).reshape(len(ids_M), 64 * num_words)
     return (2.0 * bits[:, :width] - 1.0).astype(np.float32)
