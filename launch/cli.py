@@ -30,6 +30,11 @@ Unit = Literal["s", "ms", "us", "iso"]
 INTERRUPTED = 130
 FAILED = 1
 REPORT_WIDTH = 120
+EXTRA_PACKAGES = {
+    "s3fs": "pip install 'felrec-dist[s3]'",
+    "gcsfs": "pip install gcsfs",
+    "ray": "pip install 'felrec-dist[ray]', or add --local for one process without it",
+}
 
 
 def main() -> None:
@@ -38,9 +43,20 @@ def main() -> None:
     try:
         app()
     except FelrecError as error:
-        console.print(f"[bold red]error:[/] {type(error).__name__}:", end=" ")
-        console.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        _print_error(console, error)
         sys.exit(FAILED)
+    except ImportError as error:
+        package = next((name for name in EXTRA_PACKAGES if name in str(error)), None)
+        if package is None:
+            raise
+        remedy = EXTRA_PACKAGES[package]
+        _print_error(console, ConfigError(f"{package} is not installed", remedy=remedy))
+        sys.exit(FAILED)
+
+
+def _print_error(console: Console, error: FelrecError) -> None:
+    console.print(f"[bold red]error:[/] {type(error).__name__}:", end=" ")
+    console.print(str(error), markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()

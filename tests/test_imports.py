@@ -123,3 +123,20 @@ def test_a_local_run_needs_no_ray(tmp_path: Path) -> None:
         TRAIN, blocked, "evaluate", str(config), "--checkpoint", checkpoint, "--local", cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_a_run_on_ray_without_ray_says_what_to_install(tmp_path: Path) -> None:
+    dataset = tiny.prepare_events(tmp_path)
+    done = run_python(
+        "from launch.cli import main; sys.argv[0] = 'felrec'; main()",
+        "ray",
+        "train",
+        "configs/demo.yaml",
+        f"data.url={dataset.url}",
+        f"run.url={tmp_path / 'run'}",
+    )
+    assert done.returncode == 1
+    assert "ray is not installed" in done.stderr
+    assert "felrec-dist[ray]" in done.stderr
+    assert "--local" in done.stderr
+    assert "Traceback" not in done.stderr
