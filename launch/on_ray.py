@@ -112,7 +112,12 @@ def _fit(config: ExperimentConfig, job: Job, shards: ShardHandles, board: Any) -
         torch_config=ray.train.torch.TorchConfig(
             backend="nccl" if use_gpu else "gloo", timeout_s=int(cluster.collective_timeout_s)
         ),
-        run_config=ray.train.RunConfig(failure_config=ray.train.FailureConfig(max_failures=0)),
+        run_config=ray.train.RunConfig(
+            name="ray",
+            # Ray Train keeps a few bytes of its own there; its default is the user's home.
+            storage_path=None if "://" in config.run.url else config.run.url,
+            failure_config=ray.train.FailureConfig(max_failures=0),
+        ),
     )
     try:
         trainer.fit()
