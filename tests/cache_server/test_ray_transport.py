@@ -31,6 +31,7 @@ from cache_server.ray_transport import (  # noqa: E402
     destroy_shard_actors,
 )
 from cache_server.transport import Transport  # noqa: E402
+from tests.ray_sessions import ray_session  # noqa: E402
 
 TABLES = {"user": TableSpec(4, "bfloat16"), "item": TableSpec(6, "float64")}
 KEYS = np.concatenate([np.arange(5000), [-1, 2**63 - 1, -(2**63)]]).astype(np.int64)
@@ -40,25 +41,13 @@ pytestmark = pytest.mark.ray
 
 
 @pytest.fixture(scope="module")
-def ray_session() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as environment:
-        # Ray asks for a token as soon as one lies in the home folder; the test needs none.
-        environment.setenv("RAY_AUTH_MODE", "disabled")
-        ray.init(
-            num_cpus=2,
-            include_dashboard=False,
-            configure_logging=False,
-            log_to_driver=False,
-            object_store_memory=100 * 2**20,
-        )
-        try:
-            yield
-        finally:
-            ray.shutdown()
+def session() -> Iterator[None]:
+    with ray_session():
+        yield
 
 
 @pytest.fixture(scope="module")
-def shared_handles(ray_session: None) -> Iterator[ShardHandles]:
+def shared_handles(session: None) -> Iterator[ShardHandles]:
     handles = create_shard_actors(TABLES, NUM_SHARDS, block_rows=1024, fetch_threads=8)
     yield handles
     destroy_shard_actors(handles)
@@ -194,7 +183,7 @@ def test_errors_of_a_shard_are_the_same_as_in_process(
     client.clear(client.generation + 1)
 
 
-def test_shards_that_find_no_place_are_named(ray_session: None) -> None:
+def test_shards_that_find_no_place_are_named(session: None) -> None:
     with pytest.raises(
         CacheTimeoutError, match=r"did not start(?s:.*)shards \[0, 1\] of 2(?s:.*)'CPU': 50.0"
     ):
@@ -206,7 +195,7 @@ def test_shards_that_find_no_place_are_named(ray_session: None) -> None:
     assert ray.util.list_named_actors() == []
 
 
-def test_a_placement_group_and_names(ray_session: None) -> None:
+def test_a_placement_group_and_names(session: None) -> None:
     handles = create_shard_actors(
         TABLES,
         2,
@@ -227,7 +216,7 @@ def test_a_placement_group_and_names(ray_session: None) -> None:
     assert state == "REMOVED"
 
 
-def test_a_dead_shard_is_named_and_never_comes_back_empty(ray_session: None) -> None:
+def test_a_dead_shard_is_named_and_never_comes_back_empty(session: None) -> None:
     handles = create_shard_actors(TABLES, 2, fetch_threads=2)
     client = client_of(handles)
     keys = np.arange(1000)
