@@ -17,6 +17,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from felrec_dist.model.dropout import EventDropout
 from felrec_dist.section import Section
 
 
@@ -65,23 +66,24 @@ class SelfAttention(nn.Module):
 class EncoderBlock(nn.Module):
     """A post-norm Transformer block."""
 
-    def __init__(self, config: EncoderConfig) -> None:
+    def __init__(self, config: EncoderConfig, layer: int) -> None:
         super().__init__()
         self.attention = SelfAttention(config.width, config.num_heads)
         self.attention_norm = nn.LayerNorm(config.width)
         self.feedforward_in = nn.Linear(config.width, config.feedforward_width)
         self.feedforward_out = nn.Linear(config.feedforward_width, config.width)
         self.feedforward_norm = nn.LayerNorm(config.width)
-        self.dropout = nn.Dropout(config.dropout)
+        # Place 0 is the encoder's input.
+        self.attention_dropout = EventDropout(config.dropout, place=3 * layer + 1)
+        self.hidden_dropout = EventDropout(config.dropout, place=3 * layer + 2)
+        self.feedforward_dropout = EventDropout(config.dropout, place=3 * layer + 3)
 
-    def forward(self, x_BSD: Tensor, is_slot_BS: Tensor) -> Tensor:
+    def forward(self, x_BSD: Tensor, is_slot_BS: Tensor, dropout_keys_B: Tensor | None) -> Tensor:
         attended_BSD = self.attention(x_BSD, is_slot_BS)
-        x_BSD = self.attention_norm(x_BSD + self.dropout(attended_BSD))
-        hidden_BSF = self.dropout(F.relu(self.feedforward_in(x_BSD)))
-        return cast(
-            Tensor,
-            self.feedforward_norm(x_BSD + self.dropout(self.feedforward_out(hidden_BSF))),
-        )
+        x_BSD = self.attention_norm(x_BSD + self.attention_dropout(attended_BSD, dropout_keys_B))
+        hidden_BSF = self.hidden_dropout(F.relu(self.feedforward_in(x_BSD)), dropout_keys_B)
+        update_BSD = self.feedforward_dropout(self.feedforward_out(hidden_BSF), dropout_keys_B)
+        return cast(Tensor, self.feedforward_norm(x_BSD + update_BSD))
 
 
 class HistoryEncoder(nn.Module):
@@ -97,8 +99,10 @@ class HistoryEncoder(nn.Module):
         positions_ND = sinusoidal_positions(config.history_length, config.width)
         self.register_buffer("positions_ND", positions_ND, persistent=False)
         self.input_norm = nn.LayerNorm(config.width)
-        self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(EncoderBlock(config) for _ in range(config.num_layers))
+        self.input_dropout = EventDropout(config.dropout, place=0)
+        self.blocks = nn.ModuleList(
+            EncoderBlock(config, layer) for layer in range(config.num_layers)
+        )
         self.output = nn.Linear(config.width, config.width)
 
     def forward(
@@ -107,6 +111,7 @@ class HistoryEncoder(nn.Module):
         lengths_B: Tensor,
         type_D: Tensor,
         empty_BD: Tensor | None = None,
+        dropout_keys_B: Tensor | None = None,
     ) -> Tensor:
         """Returns representations (B, D), unnormalised.
 
@@ -117,6 +122,7 @@ class HistoryEncoder(nn.Module):
             lengths_B: number of neighbours of each history, 0..N.
             type_D: embedding of the type (user or item) of the ids in the histories.
             empty_BD: what fills the empty slot; None for the paper's zero vector.
+            dropout_keys_B: keys of the events' masks, needed in training with dropout.
         """
         num_slots = history_BSD.shape[1]
         slot_S = torch.arange(num_slots, device=history_BSD.device)
@@ -130,9 +136,9 @@ class HistoryEncoder(nn.Module):
             x_BSD = torch.where(is_empty_BS[..., None], empty_BD[:, None, :], x_BSD)
         x_BSD = x_BSD + type_D
         x_BSD = self.scale * x_BSD + self.positions_ND[:num_slots].to(x_BSD.dtype)
-        x_BSD = self.input_norm(self.dropout(x_BSD))
+        x_BSD = self.input_norm(self.input_dropout(x_BSD, dropout_keys_B))
         for block in self.blocks:
-            x_BSD = block(x_BSD, is_slot_BS)
+            x_BSD = block(x_BSD, is_slot_BS, dropout_keys_B)
         pooled_BD = torch.where(is_slot_BS[..., None], x_BSD, 0.0).sum(dim=1) / num_used_B[:, None]
         return cast(Tensor, self.output(pooled_BD))
 

@@ -56,6 +56,7 @@ class EncoderInputs:
         users_of_items_BSD: representations of each event's item's recent users.
         item_lengths_B: number of users in each item history.
         user_identity_BD, item_identity_BD: what fills the empty slots; None for zero.
+        dropout_keys_2B: of ``dropout_keys``, the users' and the items'; None outside of training.
     """
 
     items_of_users_BSD: Tensor
@@ -64,6 +65,7 @@ class EncoderInputs:
     item_lengths_B: Tensor
     user_identity_BD: Tensor | None = None
     item_identity_BD: Tensor | None = None
+    dropout_keys_2B: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -102,17 +104,20 @@ class FELRec(nn.Module):
 
     def represent(self, inputs: EncoderInputs) -> tuple[Tensor, Tensor]:
         """Returns the representations of the events' users and items, (B, D) each."""
+        keys_2B = inputs.dropout_keys_2B
         user_BD = self.encoder(
             inputs.items_of_users_BSD,
             inputs.user_lengths_B,
             self.item_type_embedding,
             inputs.user_identity_BD,
+            None if keys_2B is None else keys_2B[0],
         )
         item_BD = self.encoder(
             inputs.users_of_items_BSD,
             inputs.item_lengths_B,
             self.user_type_embedding,
             inputs.item_identity_BD,
+            None if keys_2B is None else keys_2B[1],
         )
         return user_BD, item_BD
 

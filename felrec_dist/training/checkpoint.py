@@ -9,8 +9,7 @@
 
 The manifest lists size and SHA-256 of each dense file and the parts of the snapshot, and holds the
 config, the digest of the data set, the position of the run, and a SHA-256 of itself. Random states
-are not stored because none outlive a step: each step seeds its own stream from (seed, epoch, step,
-rank). Nothing is pickled.
+are not stored because there are none: dropout is a function of the event. Nothing is pickled.
 """
 
 from __future__ import annotations

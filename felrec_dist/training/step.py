@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from felrec_dist.data.histories import HistoryReader
 from felrec_dist.data.stream import EventBatch, slice_bounds
+from felrec_dist.model.dropout import dropout_keys
 from felrec_dist.model.felrec import EncoderInputs, FELRec, ModelOutput
 from felrec_dist.training.clock import PhaseClock
 from felrec_dist.training.exchange import Exchange
@@ -25,6 +27,7 @@ class TrainingStep:
         forward: Callable[[EncoderInputs], ModelOutput],
         optimizer: torch.optim.Optimizer,
         grad_clip_value: float,
+        seed: int,
         histories: HistoryReader,
         representations: Representations,
         exchange: Exchange,
@@ -35,16 +38,19 @@ class TrainingStep:
         self.forward = forward
         self.optimizer = optimizer
         self.grad_clip_value = grad_clip_value
+        self.seed = seed
         self.histories = histories
         self.representations = representations
         self.exchange = exchange
         self.clock = clock
         self.world = exchange.world
 
-    def __call__(self, batch: EventBatch, step: int, learning_rate: float) -> ModelOutput:
+    def __call__(
+        self, batch: EventBatch, epoch: int, step: int, learning_rate: float
+    ) -> ModelOutput:
         """Trains on the batch and returns this rank's part of the output.
 
-        Its losses are means over this rank's slice.
+        Its losses are means over this rank's slice. ``step`` counts within the epoch.
         """
         mine = batch.slice(*slice_bounds(len(batch), self.world.rank, self.world.world_size))
         with self.clock("histories"):
@@ -52,7 +58,8 @@ class TrainingStep:
         with self.clock("fetch"):
             inputs = self.representations.fetch(step, mine, items_of_users, users_of_items)
         with self.clock("encode"):
-            output = self.forward(inputs)
+            keys_2B = dropout_keys(self.seed, epoch, mine.positions).to(self.world.device)
+            output = self.forward(replace(inputs, dropout_keys_2B=keys_2B))
         with self.clock("backward"):
             self.optimizer.zero_grad()
             output.loss.backward()

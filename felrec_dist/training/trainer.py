@@ -155,6 +155,7 @@ class Trainer:
             forward=self.forward,
             optimizer=self.optimizer,
             grad_clip_value=config.training.grad_clip_value,
+            seed=config.training.seed,
             histories=histories,
             representations=self.representations,
             exchange=self.exchange,
@@ -248,9 +249,8 @@ class Trainer:
         for step in range(self.steps_per_epoch):
             with self.clock("data"):
                 batch, _ = next(batches)
-            self._seed(epoch, step)
             rate = learning_rate(self.config.training.schedule, epoch, step, self.steps_per_epoch)
-            output = self.step(batch, step, rate)
+            output = self.step(batch, epoch, step, rate)
             meter.add(step, batch, output, rate)
         _check_weights(self.model, epoch)
         return meter.finish()
@@ -363,11 +363,6 @@ class Trainer:
             self.client.clear(generation)
         self.world.barrier()
         self.client.begin_generation(generation)
-
-    def _seed(self, epoch: int, step: int) -> None:
-        """Random streams do not outlive a step, so that any step can be repeated alone."""
-        entropy = [self.config.training.seed, epoch, step, self.world.rank]
-        torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1))
 
     def _optimizer_state(self) -> dict[str, Tensor]:
         """Returns the optimizer's tensors as ``<parameter>:<name of the state>``."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
 
+from felrec_dist.model.dropout import EventDropout, dropout_keys
 from felrec_dist.model.encoder import (
     EncoderConfig,
     HistoryEncoder,
@@ -146,8 +148,33 @@ def test_dropout_only_in_training() -> None:
     once, again = (model(history_BND, lengths_B, normal(2, D)) for _ in range(2))
     assert torch.equal(once, again)
     model.train()
-    once, again = (model(history_BND, lengths_B, normal(2, D)) for _ in range(2))
-    assert not torch.allclose(once, again)
+    keys_2B = dropout_keys(0, 0, np.arange(1, dtype=np.int64))
+    user, item, again = (
+        model(history_BND, lengths_B, normal(2, D), None, keys_B)
+        for keys_B in (keys_2B[0], keys_2B[1], keys_2B[0])
+    )
+    assert torch.equal(user, again)
+    for other in (item, once):
+        assert not torch.allclose(user, other)
+
+
+def test_dropout_depends_on_neither_padding_nor_neighbours_in_the_batch() -> None:
+    model = encoder(dropout=0.3).train()
+    history_BND, lengths_B = histories(15, [1, N, 0, 2])
+    keys_B = dropout_keys(0, 0, np.arange(4, dtype=np.int64))[0]
+    whole_BD = model(history_BND, lengths_B, normal(2, D), None, keys_B)
+    for row in range(4):
+        one = slice(row, row + 1)
+        num_slots = min(int(lengths_B[row]) + 1, N)
+        alone_BD = model(
+            history_BND[one, :num_slots], lengths_B[one], normal(2, D), None, keys_B[one]
+        )
+        torch.testing.assert_close(alone_BD, whole_BD[one], rtol=1e-12, atol=1e-12)
+
+
+def test_each_place_of_the_network_drops_elements_of_its_own() -> None:
+    places = [module.place for module in encoder().modules() if isinstance(module, EventDropout)]
+    assert sorted(places) == list(range(7))  # the input, and three in each of two blocks
 
 
 def test_a_fresh_encoder_works_in_the_default_type() -> None:
