@@ -9,6 +9,7 @@
     service.py        a shard's shell: locks and waits
     shard.py          a shard: tables, last writer wins, the fence; pure
     snapshot.py       a shard's tables in files, and back into any number of shards
+    cuts.py           which snapshots a delta may continue from
     index.py          key -> row, compiled
     hashing.py        key -> bucket -> shard
     storage.py        the types that rows are stored in

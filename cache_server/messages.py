@@ -128,6 +128,8 @@ class Fence:
     def __str__(self) -> str:
         if self.generation < 0:
             return "the shard is empty because a restore was begun and did not finish"
+        if self.generation == 0 and self.received_step < 0:
+            return "generation 0, no write received yet: the shard is empty, as it was created"
         if self.received_step < 0:
             return f"generation {self.generation}, no write received yet"
         return f"generation {self.generation}, writes received through step {self.received_step}"

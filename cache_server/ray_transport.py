@@ -95,20 +95,22 @@ class ShardActor:
 
     @ray.method(concurrency_group="control")
     def snapshot(
-        self, prefix: str, generation: int, step: int | None, wait_s: float
+        self, prefix: str, generation: int, step: int | None, since: int | None, wait_s: float
     ) -> list[SnapshotPart]:
-        return self._service.snapshot(prefix, generation, step, wait_s)
+        return self._service.snapshot(prefix, generation, step, since, wait_s)
 
     @ray.method(concurrency_group="control")
     def restore(
         self,
         prefix: str,
         parts: Sequence[SnapshotPart],
-        generation: int,
-        step: int,
         wait_s: float,
-    ) -> None:
-        self._service.restore(prefix, parts, generation, step, wait_s)
+    ) -> dict[str, int]:
+        return self._service.restore(prefix, parts, wait_s)
+
+    @ray.method(concurrency_group="control")
+    def end_restore(self, generation: int, step: int, wait_s: float) -> None:
+        self._service.end_restore(generation, step, wait_s)
 
 
 def create_shard_actors(

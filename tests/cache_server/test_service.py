@@ -172,7 +172,7 @@ def test_many_readers_and_writers_see_whole_rows_in_order(whole: ShardService) -
 
 def test_a_snapshot_of_a_step_waits_for_it(whole: ShardService, tmp_path: Path) -> None:
     with ThreadPoolExecutor(1) as pool:
-        snapshot = pool.submit(whole.snapshot, str(tmp_path), 0, 1, 10.0)
+        snapshot = pool.submit(whole.snapshot, str(tmp_path), 0, 1, None, 10.0)
         assert not wait_for_futures([snapshot], 0.1).done
         whole.write(batch(0), 1.0)
         assert [part.num_rows for part in snapshot.result(5)] == [1]
@@ -182,8 +182,8 @@ def test_a_snapshot_that_a_write_overtook_is_refused(whole: ShardService, tmp_pa
     whole.write(batch(0), 1.0)
     whole.write(batch(1), 1.0)
     with pytest.raises(CacheError, match=r"not be one consistent cut(?s:.*)step 1(?s:.*)step 0"):
-        whole.snapshot(str(tmp_path), 0, 1, 1.0)
+        whole.snapshot(str(tmp_path), 0, 1, None, 1.0)
     whole.write(batch(3), 1.0)
     with pytest.raises(CacheError, match=r"not be one consistent cut(?s:.*)later ones too: True"):
-        whole.snapshot(str(tmp_path), 0, 2, 1.0)
+        whole.snapshot(str(tmp_path), 0, 2, None, 1.0)
     assert list(tmp_path.iterdir()) == []

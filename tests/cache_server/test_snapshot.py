@@ -111,7 +111,7 @@ def test_a_file_says_what_it_holds(tmp_path: Path) -> None:
     assert table.schema.field("row").type.list_size == 3
     assert table.schema.field("row").type.value_type == pa.uint16()
     assert table.schema.metadata == {
-        b"format": b"1",
+        b"format": b"2",
         b"table": b"user",
         b"width": b"3",
         b"storage": b"bfloat16",
@@ -119,6 +119,8 @@ def test_a_file_says_what_it_holds(tmp_path: Path) -> None:
         b"bucket_stop": b"4096",
         b"num_rows": str(NUM_ROWS).encode(),
         b"digest": str(client.digest()["user"]).encode(),
+        b"since": b"none",
+        b"num_rows_total": str(NUM_ROWS).encode(),
     }
     assert sorted(table["key"].to_pylist()) == sorted(KEYS.tolist())
     assert parts["user"].digest == client.digest()["user"]
