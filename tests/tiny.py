@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,10 @@ def build_client(config: ExperimentConfig) -> CacheClient:
 
 
 def build_trainer(
-    config: ExperimentConfig, dataset: PreparedDataset, progress: Progress | None = None
+    config: ExperimentConfig,
+    dataset: PreparedDataset,
+    progress: Progress | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> Trainer:
     """A trainer of one rank with a cache of its own."""
-    return Trainer(config, dataset, build_client(config), World.current(), progress)
+    return Trainer(config, dataset, build_client(config), World.current(), progress, should_stop)

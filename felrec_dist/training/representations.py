@@ -145,6 +145,12 @@ class Representations:
             return rows_MD.new_zeros(len(slots_bN), num_slots, rows_MD.shape[1])
         return rows_MD[torch.from_numpy(slots_bN[:, :num_slots]).to(self.device)]
 
+    def take_distinct_share(self) -> float:
+        """Returns distinct ids per id read in histories since the last call."""
+        share = self.num_distinct / max(1, self.num_read)
+        self.num_distinct = self.num_read = 0
+        return share
+
     def fetch_items(self, step: int, ids_M: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         """Returns the representations (M, D) of items and which of them the cache knows (M,)."""
         rows = self.client.fetch(step, {ITEM: ids_M})[ITEM]

@@ -24,7 +24,7 @@ import launch
 from felrec_dist.config import dump_config, load_config
 from felrec_dist.data.dataset import PreparedDataset
 from felrec_dist.errors import CheckpointError
-from felrec_dist.training.checkpoint import read_checkpoint
+from felrec_dist.training.checkpoint import CheckpointStore, read_checkpoint
 from launch import local
 from launch.cli import _print_report, main
 from launch.progress import TerminalProgress
@@ -384,11 +384,11 @@ def test_ctrl_c_stops_within_seconds_and_the_run_goes_on(
         process.wait()
     assert process.returncode == 130
     assert "Traceback" not in out + err
-    assert "--resume" in out + err
-
-    committed = sorted(path.parent for path in checkpoints.glob("epoch-*/manifest.json"))
-    done = read_checkpoint(str(committed[-1])).position.epochs_done
-    assert committed[-1].name == f"epoch-{done - 1:04d}"
+    assert "SIGINT: stopping at the end of a step" in out + err
+    newest = CheckpointStore(str(tmp_path / "run")).latest()
+    assert newest is not None
+    assert f"stopped; newest checkpoint: {newest}\nrun the same command again" in out + err
+    epoch = read_checkpoint(newest).position.first_epoch
 
     # The schedule belongs to the run: to see it go on, end it there.
     stopped_config = load_config(str(tmp_path / "run" / "config.yaml"))
@@ -402,7 +402,7 @@ def test_ctrl_c_stops_within_seconds_and_the_run_goes_on(
 
         def begin(self, stage: str, num_events: int) -> None:
             self.lines += (stage,)
-            if stage == f"epoch {done + 2}/400, training":
+            if stage == f"epoch {epoch + 2}/400, training":
                 raise Enough
 
         def advance(self, num_events: int, facts: object) -> None:
@@ -412,10 +412,10 @@ def test_ctrl_c_stops_within_seconds_and_the_run_goes_on(
             self.lines += (line,)
 
     progress = StopAtNext()
-    with pytest.raises(CheckpointError, match="--resume"):
+    with pytest.raises(CheckpointError, match="--no-resume"):
         local.train(stopped_config, resume=False, progress=progress)
     with pytest.raises(Enough):
         local.train(stopped_config, resume=True, progress=progress)
-    assert progress.lines[0] == f"resumed from {committed[-1]}"
-    assert progress.lines[1] == f"epoch {done + 1}/400, training"
-    assert read_checkpoint(str(checkpoints / f"epoch-{done:04d}")).position.epochs_done == done + 1
+    assert progress.lines[0] == f"resumed from {newest}"
+    assert progress.lines[1] == f"epoch {epoch + 1}/400, training"
+    assert read_checkpoint(str(checkpoints / f"epoch-{epoch:04d}")).position.is_validated
