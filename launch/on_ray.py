@@ -42,6 +42,7 @@ from felrec_dist.training.checkpoint import CheckpointStore
 from felrec_dist.training.run import run_evaluation, run_training
 from felrec_dist.training.trainer import Progress
 from felrec_dist.training.world import World
+from launch.stopping import signals_kept
 
 REPORT_INTERVAL_S = 0.5
 STOP_TIMEOUT_S = 10.0
@@ -254,18 +255,19 @@ def _ray() -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(logging_level="warning")
-    else:
-        # A local Ray would otherwise make an authentication token, which clusters then ask for.
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            # What a worker has to say comes through the progress board or as its error.
-            log_to_driver=False,
-            logging_level="warning",
-        )
+    with signals_kept():
+        if os.environ.get("RAY_ADDRESS"):
+            ray.init(logging_level="warning")
+        else:
+            # A local Ray would otherwise make an authentication token, which clusters then ask for.
+            os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                # What a worker has to say comes through the progress board or as its error.
+                log_to_driver=False,
+                logging_level="warning",
+            )
     try:
         yield
     finally:

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
 
 class StopRequest:
     """Whether somebody asked the run to stop, and by which signal."""
@@ -25,6 +27,19 @@ class StopRequest:
 
 
 @contextmanager
+def signals_kept() -> Iterator[None]:
+    """Puts both signals' handlers back when the body has replaced them, as ``ray.init`` does."""
+    numbers = _STOP_SIGNALS if _is_main_thread() else ()
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if callable(handler):
+                signal.signal(number, handler)
+
+
+@contextmanager
 def stop_requests(say: Callable[[str], None]) -> Iterator[StopRequest]:
     """Takes over both signals while the body runs.
 
@@ -39,12 +54,16 @@ def stop_requests(say: Callable[[str], None]) -> Iterator[StopRequest]:
         request.signal = signal.Signals(number)
         say(f"{request.signal.name}: stopping at the end of a step; once more stops at once")
 
-    # Only the main thread may set handlers; elsewhere the caller has its own way to stop.
-    is_main = threading.current_thread() is threading.main_thread()
-    numbers = (signal.SIGINT, signal.SIGTERM) if is_main else ()
+    # Elsewhere than in the main thread the caller has a way of its own to stop.
+    numbers = _STOP_SIGNALS if _is_main_thread() else ()
     before = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield request
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _is_main_thread() -> bool:
+    """Only there may handlers be set."""
+    return threading.current_thread() is threading.main_thread()
