@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from uuid import uuid4
 
@@ -253,9 +254,10 @@ def test_files_may_be_read_in_any_order(tmp_path: Path) -> None:
         (lambda p: [], r"exactly once(?s:.*)table user, full snapshot(?s:.*)bucket 0"),
     ],
 )
-def test_parts_that_are_no_chain_change_nothing(chain: Chain, change: object, message: str) -> None:
+def test_parts_that_are_no_chain_change_nothing(
+    chain: Chain, change: Callable[[list[SnapshotPart]], list[SnapshotPart]], message: str
+) -> None:
     folder, parts = chain
-    assert callable(change)
     client = client_of(1)
     client.write_back(0, events_of(0, [1]))
     digest = client.digest()
