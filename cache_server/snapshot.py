@@ -363,6 +363,8 @@ def _from_batch(batch: pa.RecordBatch, spec: TableSpec) -> tuple[Int64s, Int64s,
     batch.validate(full=True)
     keys = batch.column(0).to_numpy(zero_copy_only=False)
     versions = batch.column(1).to_numpy(zero_copy_only=False)
+    if keys.size and versions.min() < 0:
+        raise ValueError(f"version {versions.min()}, below 0")
     values = batch.column(2).flatten().to_numpy(zero_copy_only=False)
     return keys, versions, values.reshape(keys.size, spec.width)
 

@@ -107,7 +107,7 @@ def check_restored(client: CacheClient, committed: Committed) -> None:
         assert np.array_equal(fetched[name].found, found)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=80)
 @given(STEPS, st.sampled_from([1, 2, 3]), st.sampled_from([1, 2, 3, 7]))
 def test_any_chain_restores_into_any_number_of_shards(
     steps: list[Step], num_shards: int, restored_into: int
