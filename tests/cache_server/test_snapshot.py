@@ -298,11 +298,14 @@ def test_a_prefix_that_cannot_be_written(tmp_path: Path) -> None:
 
 
 def fill_the_disk(monkeypatch: pytest.MonkeyPatch, num_bytes: int) -> None:
-    """Lets ``num_bytes`` be written to each file in memory, and no more."""
+    """Refuses the first write beyond ``num_bytes`` of a file in memory, and no later one."""
     write = MemoryFile.write
+    is_full = True
 
     def write_while_there_is_room(file: MemoryFile, data: bytes) -> int:
-        if file.tell() + memoryview(data).nbytes > num_bytes:
+        nonlocal is_full
+        if is_full and file.tell() + memoryview(data).nbytes > num_bytes:
+            is_full = False
             raise OSError(errno.ENOSPC, "No space left on device")
         return int(write(file, data))
 
@@ -347,6 +350,7 @@ def test_a_half_written_file_that_cannot_be_removed_is_never_taken_for_a_whole_o
         full.setattr(MemoryFileSystem, "rm_file", keep)
         with pytest.raises(SnapshotError, match="No space left"):
             client.snapshot(f"{prefix}/half")
+    # No footer, though there was room for one.
     with fsspec.open(f"{prefix}/half/user-0000-4096.arrow") as file:
         assert 3000 < len(file.read()) <= 5000
     with pytest.raises(SnapshotError, match=r"missing or damaged(?s:.*)half/user-0000-4096"):
