@@ -113,8 +113,10 @@ def check_parts(parts: Sequence[SnapshotPart], tables: Mapping[str, TableSpec]) 
     if unknown:
         raise SnapshotError(
             "A snapshot holds tables that the cache does not have.",
+            where=next(part.path for part in parts if part.table == unknown[0]),
             got=", ".join(unknown),
             expected=", ".join(tables),
+            remedy="Restore it into a cache with the tables that it was taken of.",
         )
     firsts = [next(group) for _, group in itertools.groupby(parts, lambda part: part.since)]
     if firsts and firsts[0].since is not None:
@@ -222,7 +224,8 @@ def _write_part(
             "A snapshot could not be written.",
             where=url,
             got=f"{type(error).__name__}: {error}",
-            remedy="Check the address, the rights and the free space.",
+            expected=f"a file of {part.num_rows} rows",
+            remedy="Check the address, the rights and the free space, and take it again.",
         ) from error
     return dataclasses.replace(part, nbytes=nbytes)
 
@@ -360,6 +363,8 @@ def _from_batch(batch: pa.RecordBatch, spec: TableSpec) -> tuple[Int64s, Int64s,
     batch.validate(full=True)
     keys = batch.column(0).to_numpy(zero_copy_only=False)
     versions = batch.column(1).to_numpy(zero_copy_only=False)
+    if keys.size and versions.min() < 0:
+        raise ValueError(f"version {versions.min()}, below 0")
     values = batch.column(2).flatten().to_numpy(zero_copy_only=False)
     return keys, versions, values.reshape(keys.size, spec.width)
 

@@ -89,9 +89,12 @@ def play(transport: Transport, generation: int, folder: Path) -> list[object]:
             )
         parts = client.snapshot(str(folder), step=4)
         seen += [client.digest(), parts]
+        client.write_back(4, {"item": (KEYS[:9], KEYS[:9] + 2800, rng.standard_normal((9, 6)))})
+        parts += client.snapshot(str(folder), step=5, since=2800)
+        seen += [client.digest(), parts]
         client.clear()
         seen.append(client.digest())
-        client.restore(str(folder), parts, client.generation + 1, 4)
+        client.restore(str(folder), parts, client.generation + 1, 5)
         seen.append(client.digest())
         seen.append([stats.tables for stats in client.stats()])
         counters = client.counters

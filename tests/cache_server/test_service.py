@@ -170,6 +170,32 @@ def test_many_readers_and_writers_see_whole_rows_in_order(whole: ShardService) -
             assert reader.result(30) == sorted(reader.result())
 
 
+@pytest.mark.parametrize("step", [0, 1, 7])
+@pytest.mark.parametrize("generation", [0, 1])
+def test_a_shard_that_came_back_empty_never_answers_with_zeros(generation: int, step: int) -> None:
+    empty = ShardService(CacheShard(TABLES), can_wait=True)
+    as_created = r"got: generation 0, no write received yet: the shard is empty, as it was created"
+    if (generation, step) == (0, 0):
+        # Nothing was written before the first step of the first generation: this is the answer.
+        assert not empty.fetch(request(0), 0.1)["item"].found.any()
+        return
+    # The clear or the writes that it lacks may still be on their way, so it waits for them.
+    with pytest.raises(CacheTimeoutError, match=rf"waited 0.1 s(?s:.*)shard 0 of 1\s+{as_created}"):
+        empty.fetch(request(step, generation), 0.1)
+    if generation:
+        with pytest.raises(
+            CacheError, match=r"not begun(?s:.*)as it was created(?s:.*)created anew"
+        ):
+            empty.write(batch(step, generation=1), 0.1)
+    else:
+        # Without the steps before it the write is early, and no later step is served.
+        empty.write(batch(step), 0.1)
+        with pytest.raises(CacheTimeoutError, match=as_created):
+            empty.fetch(request(step + 1), 0.1)
+        with pytest.raises(CacheTimeoutError, match=as_created):
+            empty.snapshot("memory://never", 0, step + 1, None, 0.1)
+
+
 def test_a_snapshot_of_a_step_waits_for_it(whole: ShardService, tmp_path: Path) -> None:
     with ThreadPoolExecutor(1) as pool:
         snapshot = pool.submit(whole.snapshot, str(tmp_path), 0, 1, None, 10.0)
