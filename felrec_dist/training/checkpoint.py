@@ -166,8 +166,12 @@ class CheckpointStore:
             _remove(fs, f"{path}/{self.epoch_url(epoch).rsplit('/', 1)[-1]}")
 
 
-def read_checkpoint(url: str) -> Checkpoint:
+def read_checkpoint(url: str, *, with_dense: bool = True) -> Checkpoint:
     """Reads and verifies a checkpoint's manifest and dense state.
+
+    Args:
+        url: the checkpoint's folder.
+        with_dense: whether to read model and optimizer; without, they are empty.
 
     Raises:
         CheckpointError: there is none, it was not committed, it is of another version, or a file
@@ -208,15 +212,16 @@ def read_checkpoint(url: str) -> Checkpoint:
     if manifest.get("sha256") != found:
         raise _damaged_manifest(url, f"SHA-256 {found}, not the one it states")
     try:
-        dense = {file["path"]: _read_dense(fs, path, url, file) for file in manifest["files"]}
+        files = manifest["files"] if with_dense else []
+        dense = {file["path"]: _read_dense(fs, path, url, file) for file in files}
         position = dict(manifest["position"])
         return Checkpoint(
             url=url,
             position=RunPosition(**{**position, "best": BestEpoch(**position["best"])}),
             config=manifest["config"],
             dataset_digest=manifest["dataset_digest"],
-            model=dense["model.safetensors"],
-            optimizer=dense["optimizer.safetensors"],
+            model=dense["model.safetensors"] if with_dense else {},
+            optimizer=dense["optimizer.safetensors"] if with_dense else {},
             cache_parts=[SnapshotPart(**part) for part in manifest["cache_parts"]],
         )
     except (KeyError, TypeError) as error:
