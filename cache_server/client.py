@@ -27,6 +27,7 @@ from cache_server.hashing import Int64s, partition
 from cache_server.messages import (
     FetchedRows,
     FetchRequest,
+    ShardDigests,
     ShardStats,
     TableSpec,
     TableWrite,
@@ -248,6 +249,14 @@ class CacheClient:
             for name, digest in reply.value.items():
                 totals[name] = (totals[name] + digest) % 2**64
         return totals
+
+    def bucket_digests(self) -> list[ShardDigests]:
+        """What every shard holds, in order: digest and number of rows of each bucket. Each shard
+        says how far it was: one consistent cut if all were equally far and none beyond.
+        """
+        self.flush()
+        replies = self._call_all("bucket_digests", self._snapshot_timeout_s)
+        return [reply.value for reply in replies]
 
     def stats(self) -> list[ShardStats]:
         """The state of every shard, in order."""

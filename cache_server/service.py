@@ -13,7 +13,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from cache_server.errors import CacheError, CacheTimeoutError
-from cache_server.messages import Fence, FetchedRows, FetchRequest, ShardStats, WriteBatch
+from cache_server.messages import (
+    Fence,
+    FetchedRows,
+    FetchRequest,
+    ShardDigests,
+    ShardStats,
+    WriteBatch,
+)
 from cache_server.shard import CacheShard
 from cache_server.snapshot import SnapshotPart, read_snapshot, write_snapshot
 
@@ -62,6 +69,11 @@ class ShardService:
         """``CacheShard.digest``."""
         with self._alone("digest", wait_s):
             return self._shard.digest()
+
+    def bucket_digests(self, wait_s: float) -> ShardDigests:
+        """``CacheShard.bucket_digests``."""
+        with self._alone("digest of the buckets", wait_s):
+            return self._shard.bucket_digests()
 
     def stats(self, wait_s: float) -> ShardStats:
         """``CacheShard.stats``."""

@@ -12,7 +12,7 @@ senders did not wait for the fetch: a sender that must not overtake it waits.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 from numba import carray, njit
@@ -21,9 +21,11 @@ from cache_server.addresses import int64_pointer, uint64_pointer
 from cache_server.cuts import NO_VERSION, CutLog
 from cache_server.errors import CacheError
 from cache_server.hashing import (
+    NUM_BUCKETS,
     Int32s,
     Int64s,
     UInt64s,
+    bucket_of_hash,
     bucket_range,
     first_outside,
     mix,
@@ -31,9 +33,11 @@ from cache_server.hashing import (
 )
 from cache_server.index import IdIndex
 from cache_server.messages import (
+    BucketDigests,
     Fence,
     FetchedRows,
     FetchRequest,
+    ShardDigests,
     ShardStats,
     TableSpec,
     TableStats,
@@ -121,13 +125,13 @@ def _written_since(since, num_rows, version_addresses, block_shift):  # type: ig
 
 
 @njit(nogil=True, cache=True)
-def _digest(keys, versions, words):  # type: ignore[no-untyped-def]
-    total = np.uint64(0)
+def _add_to_buckets(keys, versions, words, digests, num_rows):  # type: ignore[no-untyped-def]
     lanes = np.empty(4, np.uint64)
     for i in range(keys.size):
         # The seed makes equal bytes under other keys or versions another row; four lanes let the
         # multiplications overlap.
-        seed = mix(mix(keys[i]) ^ np.uint64(versions[i]))
+        key_hash = mix(keys[i])
+        seed = mix(key_hash ^ np.uint64(versions[i]))
         for lane in range(4):
             lanes[lane] = seed + np.uint64(lane) * _PRIME_1
         for j in range(words.shape[1]):
@@ -137,20 +141,35 @@ def _digest(keys, versions, words):  # type: ignore[no-untyped-def]
         row_hash = seed
         for lane in range(4):
             row_hash = mix(row_hash ^ lanes[lane])
-        total += row_hash
-    return total
+        bucket = bucket_of_hash(key_hash)
+        digests[bucket] += row_hash
+        num_rows[bucket] += 1
+
+
+def bucket_digests(chunks: Iterable[tuple[Int64s, Int64s, Rows]]) -> BucketDigests:
+    """Per bucket, the sum modulo 2^64 over rows of a hash of (key, version, bytes), and their
+    number: equal for equal contents in any order.
+
+    Args:
+        chunks: keys (M,), distinct over all chunks, versions (M,) and rows (M, D) in the storage
+            type.
+    """
+    digests, num_rows = np.zeros(NUM_BUCKETS, np.uint64), np.zeros(NUM_BUCKETS, np.int64)
+    for keys, versions, rows in chunks:
+        words = read_only(_to_words(rows))
+        _add_to_buckets(read_only(keys), read_only(versions), words, digests, num_rows)
+    return BucketDigests(digests, num_rows)
 
 
 def rows_digest(keys: Int64s, versions: Int64s, rows: Rows) -> int:
-    """The sum modulo 2^64 over rows of a hash of (key, version, bytes): equal for equal contents in
-    any order.
+    """The sum modulo 2^64 of the ``bucket_digests`` of rows: equal for equal contents in any order.
 
     Args:
         keys: (M,), distinct.
         versions: (M,).
         rows: (M, D) in the storage type.
     """
-    return int(_digest(read_only(keys), read_only(versions), read_only(_to_words(rows))))
+    return bucket_digests([(keys, versions, rows)]).digest
 
 
 class CacheTable:
@@ -295,10 +314,11 @@ class CacheTable:
         """``rows_digest`` of the whole table: equal contents have equal digests, however they came
         and lie.
         """
-        total = 0
-        for keys, versions, rows in self.items():
-            total += rows_digest(keys, versions, rows)
-        return total % 2**64
+        return self.bucket_digests().digest
+
+    def bucket_digests(self) -> BucketDigests:
+        """Digest and number of rows of each bucket."""
+        return bucket_digests(self.items())
 
     def stats(self) -> TableStats:
         """Sizes."""
@@ -490,6 +510,15 @@ class CacheShard:
     def digest(self) -> dict[str, int]:
         """The digest of each table; summed over shards modulo 2^64, that of the whole cache."""
         return {name: table.digest() for name, table in self._tables.items()}
+
+    def bucket_digests(self) -> ShardDigests:
+        """Digest and number of rows of each bucket of each table, and how far the shard is."""
+        return ShardDigests(
+            shard=self.shard,
+            fence=self.fence,
+            is_cut=self.is_cut,
+            tables={name: table.bucket_digests() for name, table in self._tables.items()},
+        )
 
     def stats(self) -> ShardStats:
         """Sizes, fence and counts."""

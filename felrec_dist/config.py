@@ -129,16 +129,17 @@ def parse_config(tree: Mapping[str, Any], *, where: str) -> ExperimentConfig:
 
 def with_absolute_paths(config: ExperimentConfig) -> ExperimentConfig:
     """Returns the config with relative local paths made absolute: workers run in other folders."""
-
-    def absolute(url: str) -> str:
-        return url if "://" in url or "::" in url else os.path.abspath(url)
-
     return config.model_copy(
         update={
-            "data": config.data.model_copy(update={"url": absolute(config.data.url)}),
-            "run": config.run.model_copy(update={"url": absolute(config.run.url)}),
+            "data": config.data.model_copy(update={"url": absolute_url(config.data.url)}),
+            "run": config.run.model_copy(update={"url": absolute_url(config.run.url)}),
         }
     )
+
+
+def absolute_url(url: str) -> str:
+    """Returns a relative local path made absolute, and any other URL as it is."""
+    return url if "://" in url or "::" in url else os.path.abspath(url)
 
 
 def dump_config(config: ExperimentConfig) -> str:

@@ -1,4 +1,4 @@
-"""The command ``felrec``: prepare, download, synthesize, train, evaluate."""
+"""The command ``felrec``: prepare, download, synthesize, train, evaluate, cache."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from felrec_dist.errors import ConfigError, FelrecError, RunStoppedError
+from launch.cache_cli import cache_app
 from launch.stopping import StopRequest, stop_requests
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+app.add_typer(cache_app, name="cache")
 
 IdKind = Literal["int", "string"]
 Unit = Literal["s", "ms", "us", "iso"]
@@ -33,7 +35,7 @@ REPORT_WIDTH = 120
 EXTRA_PACKAGES = {
     "s3fs": "pip install 'felrec-dist[s3]'",
     "gcsfs": "pip install gcsfs",
-    "ray": "pip install 'felrec-dist[ray]', or add --local for one process without it",
+    "ray": "pip install 'felrec-dist[ray]'; to train and evaluate without it, add --local",
 }
 
 

@@ -6,8 +6,10 @@ holds no data.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -27,8 +29,15 @@ from cache_server.ray_transport import (
     ShardHandles,
     create_shard_actors,
     destroy_shard_actors,
+    find_shard_actors,
+    is_alive,
 )
-from felrec_dist.config import ExperimentConfig, parse_config, with_absolute_paths
+from felrec_dist.config import (
+    ExperimentConfig,
+    absolute_url,
+    parse_config,
+    with_absolute_paths,
+)
 from felrec_dist.errors import (
     CacheTimeoutError,
     ConfigError,
@@ -47,6 +56,10 @@ from launch.stopping import signals_kept
 REPORT_INTERVAL_S = 0.5
 STOP_TIMEOUT_S = 10.0
 LONGEST_DELAY_S = 30.0
+CONNECT_TIMEOUT_S = 5.0
+# A run whose driver was killed: its shards end when Ray has noticed.
+OLD_SHARDS_TIMEOUT_S = 20.0
+NAMESPACE = "felrec"
 
 
 @dataclass(frozen=True)
@@ -72,7 +85,8 @@ def run(
     """Runs the job on the cluster of RAY_ADDRESS, or on a local Ray that it starts and stops.
 
     When a worker, a shard or a node is lost the whole run goes back to its last checkpoint, with
-    new workers and new shards.
+    new workers and new shards. While it trains, ``running_cache`` finds its cache from other
+    processes; a test has a cache without a name, so that it may run beside the training.
 
     Args:
         config, job: what to do.
@@ -80,7 +94,7 @@ def run(
         should_stop: whether somebody asked to stop; the workers learn of it within a second.
 
     Raises:
-        ConfigError: the cluster has too few CPUs or GPUs.
+        ConfigError: the cluster has too few CPUs or GPUs, or another run trains in the same folder.
         RunStoppedError: it was asked to stop.
         FelrecError: what a worker raised, or what came once too often.
     """
@@ -88,6 +102,8 @@ def run(
     with _ray():
         patience = _Patience(config)
         _check_resources(config, wait_s=0.0)
+        if job.checkpoint_url is None:
+            _check_is_alone(config.run.url)
         while True:
             try:
                 _attempt(config, job, progress, should_stop)
@@ -129,6 +145,8 @@ def _attempt(
         config.cache.tables(config.model.encoder.width),
         num_shards=config.cache.num_shards,
         block_rows=config.cache.block_rows,
+        name=cache_name(config.run.url) if job.checkpoint_url is None else None,
+        namespace=NAMESPACE,
         timeout_s=config.cluster.start_timeout_s,
     )
     board = ray.remote(num_cpus=0, max_restarts=0)(ProgressBoard).remote()
@@ -138,6 +156,40 @@ def _attempt(
     finally:
         destroy_shard_actors(shards)
         ray.kill(board)
+
+
+def cache_name(run_url: str) -> str:
+    """Returns the name of the cache of a run, short and the same in every process.
+
+    Args:
+        run_url: the run's folder, absolute.
+    """
+    folder = run_url.removeprefix("file://").rstrip("/")
+    return f"felrec-cache-{hashlib.sha256(folder.encode()).hexdigest()[:16]}"
+
+
+@contextmanager
+def running_cache(run_url: str) -> Iterator[CacheClient]:
+    """Yields a client of the cache of the run that is going on in a folder.
+
+    Joins the cluster of RAY_ADDRESS, or a Ray that runs on this machine.
+
+    Raises:
+        ConfigError: there is no cluster, or on it no such run.
+        ShardLostError: a shard is dead.
+    """
+    url = absolute_url(run_url)
+    name = cache_name(url)
+    with _joined_ray():
+        if not is_alive(name, NAMESPACE):
+            raise ConfigError(
+                "no run with a cache on Ray is going on in this folder",
+                where=url,
+                got=f"no cache {name} on the cluster {ray.get_runtime_context().gcs_address}",
+                remedy="look whether the run has ended; set RAY_ADDRESS to the address of its Ray",
+            )
+        with CacheClient(RayTransport(find_shard_actors(name, namespace=NAMESPACE))) as client:
+            yield client
 
 
 class _Trainer(ray.train.torch.TorchTrainer):
@@ -272,6 +324,63 @@ def _ray() -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _joined_ray() -> Iterator[None]:
+    """Joins the cluster that RAY_ADDRESS names, or a Ray that runs on this machine."""
+    if ray.is_initialized():
+        yield
+        return
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        _check_reachable(address)
+    else:
+        # As the local Ray of a run.
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    try:
+        ray.init(address="auto", log_to_driver=False, logging_level="warning")
+    except ConnectionError as error:
+        raise _no_cluster(address or "this machine", error) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Asks whether anybody listens; Ray itself would try for minutes."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if not port.isdecimal():
+        return  # a name such as auto, or nonsense: Ray says so at once
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        raise _no_cluster(address, error) from error
+
+
+def _no_cluster(where: str, error: Exception) -> ConfigError:
+    return ConfigError(
+        "no Ray cluster answers",
+        where=where,
+        got=error,
+        remedy="set RAY_ADDRESS to the cluster of the run, as 10.0.0.1:6379; "
+        "without it, a Ray of this machine is asked",
+    )
+
+
+def _check_is_alone(run_url: str) -> None:
+    name = cache_name(run_url)
+    deadline = time.monotonic() + OLD_SHARDS_TIMEOUT_S
+    while is_alive(name, NAMESPACE) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    if is_alive(name, NAMESPACE):
+        raise ConfigError(
+            "another run is going on in this folder: two would write over each other's files",
+            where=run_url,
+            got=f"its cache {name} is alive",
+            remedy="stop it or wait until it has ended, or give this one a run.url of its own",
+        )
 
 
 def _check_resources(config: ExperimentConfig, wait_s: float) -> None:

@@ -31,6 +31,7 @@ from typing import Any
 
 import fsspec
 import safetensors.torch
+import torch
 from pydantic import Field
 from safetensors import SafetensorError
 from torch import Tensor
@@ -285,8 +286,12 @@ class CheckpointStore:
         return [name for name in names if fs.exists(f"{path}/{name}/{MANIFEST}")]
 
 
-def read_checkpoint(url: str) -> Checkpoint:
+def read_checkpoint(url: str, *, with_dense: bool = True) -> Checkpoint:
     """Reads and verifies a checkpoint's manifest and dense state.
+
+    Args:
+        url: the checkpoint's folder.
+        with_dense: whether to read model, optimizer and losses; without, they are empty.
 
     Raises:
         CheckpointError: there is none, it was not committed, it is of another version, or a file
@@ -296,7 +301,8 @@ def read_checkpoint(url: str) -> Checkpoint:
     manifest = _read_manifest(url)
     fs, path = fsspec.core.url_to_fs(url)
     try:
-        dense = {file["path"]: _read_dense(fs, path, url, file) for file in manifest["files"]}
+        files = manifest["files"] if with_dense else []
+        dense = {file["path"]: _read_dense(fs, path, url, file) for file in files}
         position = dict(manifest["position"])
         best = position.pop("best")
         return Checkpoint(
@@ -305,9 +311,9 @@ def read_checkpoint(url: str) -> Checkpoint:
             config=manifest["config"],
             dataset_digest=manifest["dataset_digest"],
             validation=manifest["validation"],
-            model=dense["model.safetensors"],
-            optimizer=dense["optimizer.safetensors"],
-            losses_n2=dense["losses.safetensors"]["losses_n2"],
+            model=dense["model.safetensors"] if with_dense else {},
+            optimizer=dense["optimizer.safetensors"] if with_dense else {},
+            losses_n2=dense["losses.safetensors"]["losses_n2"] if with_dense else torch.empty(0, 2),
             chain=_chain(manifest, url.rpartition("/")[2]),
         )
     except (KeyError, TypeError) as error:

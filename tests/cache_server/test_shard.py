@@ -16,7 +16,7 @@ from cache_server.hashing import NUM_BUCKETS, shard_of
 from cache_server.messages import Fence, FetchRequest, TableSpec, TableWrite, WriteBatch
 from cache_server.shard import CacheShard, CacheTable, _empty_block, rows_digest
 from cache_server.storage import STORAGE_TYPES, StorageType, stored_dtype
-from tests.cache_server.oracle import DictCache, row_hash
+from tests.cache_server.oracle import DictCache, row_hash, splitmix64
 
 WIDTH = 3
 KEY_POOL = [0, -1, 1, 2, 3, 5, 8, 13, 2**63 - 1, -(2**63), 2**40, -(2**40)]
@@ -117,6 +117,47 @@ def test_every_width_and_storage_type(storage: StorageType, width: int) -> None:
     assert fetched.found.tolist() == [True, False, True]
     expected = sum(row_hash(int(k), int(k) + 7, r) for k, r in zip(keys, rows, strict=True))
     assert table.digest() == expected % 2**64
+
+
+@pytest.mark.parametrize(("storage", "width"), [("float32", 128), ("bfloat16", 3)])
+def test_the_digests_of_buckets_are_those_of_the_slow_truth(
+    storage: StorageType, width: int
+) -> None:
+    rng = np.random.default_rng(width)
+    table = CacheTable(TableSpec(width, storage), block_rows=64)
+    assert table.bucket_digests().total_rows == table.digest() == 0
+    keys = np.concatenate([rng.permutation(3_000) - 1_500, [2**63 - 1, -(2**63)]])
+    rows = rng.integers(0, 2000, (keys.size, width)).astype(stored_dtype(storage))
+    table.write(keys, np.full(keys.size, 2**63 - 1), rows)
+    digests, num_rows = [0] * NUM_BUCKETS, [0] * NUM_BUCKETS
+    for key, row in zip(keys, rows, strict=True):
+        bucket = splitmix64(int(key) & (2**64 - 1)) >> 52
+        digests[bucket] = (digests[bucket] + row_hash(int(key), 2**63 - 1, row)) % 2**64
+        num_rows[bucket] += 1
+    assert max(num_rows) > 1
+    assert min(num_rows) == 0
+    found = table.bucket_digests()
+    assert found.digests.tolist() == digests
+    assert found.num_rows.tolist() == num_rows
+    assert found.digest == table.digest() == sum(digests) % 2**64
+    assert found.total_rows == 3_002
+
+
+def test_the_digests_of_a_shard_say_how_far_it_is() -> None:
+    tables = {"user": TableSpec(1), "item": TableSpec(2)}
+    shard = CacheShard(tables, shard=1, num_shards=2)
+    keys = np.arange(100)
+    mine = keys[shard_of(keys, 2) == 1]
+    write = TableWrite(mine, mine, np.ones((mine.size, 2), np.float32))
+    shard.write(WriteBatch(0, 0, {"item": write}))
+    taken = shard.bucket_digests()
+    assert (taken.shard, taken.fence, taken.is_cut) == (1, Fence(0, 0), True)
+    assert {name: held.digest for name, held in taken.tables.items()} == shard.digest()
+    assert taken.tables["item"].total_rows == mine.size
+    assert not taken.tables["item"].num_rows[: shard.buckets[0]].any()
+    assert taken.tables["user"].total_rows == 0
+    shard.write(WriteBatch(0, 2))
+    assert not shard.bucket_digests().is_cut
 
 
 def test_growth_over_many_blocks_keeps_every_row() -> None:

@@ -8,8 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import partial
 from io import StringIO
 from pathlib import Path
@@ -26,41 +25,13 @@ from felrec_dist.data.dataset import PreparedDataset
 from felrec_dist.errors import CheckpointError
 from felrec_dist.training.checkpoint import CheckpointStore, read_checkpoint
 from launch import local
-from launch.cli import _print_report, main
+from launch.cli import _print_report
 from launch.progress import TerminalProgress
 from tests import tiny
+from tests.launch.commands import Felrec, assert_failed
 
 ROOT = Path(launch.__path__[0]).parent
 COLUMNS = ("--user", "user", "--item", "item", "--timestamp", "timestamp")
-
-
-@dataclass(frozen=True)
-class Ended:
-    """How a command ended."""
-
-    code: int
-    out: str
-    err: str
-
-
-Felrec = Callable[..., Ended]
-
-
-@pytest.fixture
-def felrec(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Felrec:
-    """Runs the command in this process, as the console script does."""
-
-    def run(*args: object) -> Ended:
-        monkeypatch.setattr(sys, "argv", ["felrec", *map(str, args)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as end:
-            main()
-        code = end.value.code or 0
-        assert isinstance(code, int)
-        out, err = capfd.readouterr()
-        return Ended(code, out, err)
-
-    return run
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -86,19 +57,6 @@ def write_config(folder: Path, dataset: PreparedDataset) -> Path:
     path = folder / "experiment.yaml"
     path.write_text(dump_config(tiny.experiment(dataset.url, str(folder / "run"))))
     return path
-
-
-def assert_failed(ended: Ended, error: str, *words: str) -> None:
-    """One line says what failed, indented lines the rest; no traceback."""
-    assert ended.code == 1
-    assert ended.out == ""
-    # Bars of what was done before may precede it.
-    lines = ended.err[ended.err.index("error: ") :].splitlines()
-    assert lines[0].startswith(f"error: {error}: ")
-    assert all(line.startswith("  ") for line in lines[1:])
-    assert "Traceback" not in ended.err
-    for word in words:
-        assert word in ended.err
 
 
 def test_synthesize_prepare_train_evaluate(felrec: Felrec, tmp_path: Path) -> None:
@@ -313,7 +271,7 @@ def test_wrong_usage_ends_with_2(felrec: Felrec, args: tuple[str, ...]) -> None:
 def test_help_names_the_commands(felrec: Felrec) -> None:
     ended = felrec("--help")
     assert ended.code == 0
-    for command in ("prepare", "download", "synthesize", "train", "evaluate"):
+    for command in ("prepare", "download", "synthesize", "train", "evaluate", "cache"):
         assert command in ended.out
         assert felrec(command, "--help").code == 0
 

@@ -135,6 +135,21 @@ def test_what_was_committed_is_read(store: CheckpointStore) -> None:
     assert_whole(read_checkpoint(f"{url}/"), 0)
 
 
+def test_the_manifest_alone_needs_no_dense_files(store: CheckpointStore) -> None:
+    url = save(store, 0)
+    whole = read_checkpoint(url)
+    fs, path = fsspec.core.url_to_fs(url)
+    for name in ("model", "optimizer", "losses"):
+        fs.rm(f"{path}/{name}.safetensors")
+    manifest = read_checkpoint(url, with_dense=False)
+    assert (manifest.model, manifest.optimizer) == ({}, {})
+    assert manifest.chain == whole.chain
+    assert (manifest.config, manifest.position) == (whole.config, whole.position)
+    rewrite(url, lambda m: m["position"].update(epoch=2), with_digest=False)
+    with pytest.raises(CheckpointError, match="manifest of a checkpoint is damaged"):
+        read_checkpoint(url, with_dense=False)
+
+
 def test_the_latest_is_the_highest_committed_epoch(store: CheckpointStore) -> None:
     for epoch in (9, 10, 9999, 10_000):
         save(store, epoch)
