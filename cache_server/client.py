@@ -98,6 +98,16 @@ class CacheClient:
         self._outstanding: deque[tuple[int, list[Pending]]] = deque()
         self.counters = CacheCounters()
 
+    def sibling(self) -> CacheClient:
+        """Another client of the same shards, for another thread; it needs no closing, but a
+        ``flush``.
+        """
+        other = CacheClient(
+            self._transport, self._timeout_s, snapshot_timeout_s=self._snapshot_timeout_s
+        )
+        other._generation = self._generation
+        return other
+
     def __enter__(self) -> Self:
         return self
 

@@ -81,6 +81,7 @@ def build_client(config: ExperimentConfig) -> CacheClient:
         config.cache.tables(config.model.encoder.width),
         num_shards=config.cache.num_shards,
         block_rows=config.cache.block_rows,
+        can_wait=True,
     )
     return CacheClient(transport, timeout_s=5.0)
 

@@ -51,6 +51,7 @@ class StepMeter:
         exchange: Exchange,
         representations: Representations,
         clock: PhaseClock,
+        loader_clock: PhaseClock,
         log: RunLog,
         epoch: int,
         first_global_step: int,
@@ -58,7 +59,7 @@ class StepMeter:
     ) -> None:
         """
         Args:
-            model, exchange, representations, clock: of the run.
+            model, exchange, representations, clock, loader_clock: of the run.
             log: takes what is read.
             epoch: for messages.
             first_global_step: training steps of all epochs before this one.
@@ -68,6 +69,7 @@ class StepMeter:
         self.exchange = exchange
         self.representations = representations
         self.clock = clock
+        self.loader_clock = loader_clock
         self.log = log
         self.epoch = epoch
         self.first_global_step = first_global_step
@@ -78,6 +80,7 @@ class StepMeter:
         self.learning_rate = 0.0
         self.began = time.perf_counter()
         clock.take()
+        loader_clock.take()
 
     def add(self, batch: EventBatch, output: ModelOutput, learning_rate: float) -> None:
         """Takes this rank's part of a step."""
@@ -98,7 +101,7 @@ class StepMeter:
         losses_n2 = (self.exchange.sum(torch.stack(self.pending)) / world_size).cpu().numpy()
         steps_done = sum(map(len, self.read_n2)) + len(losses_n2)
         _check_finite(losses_n2, steps_done - len(losses_n2), self.batch, self.epoch)
-        seconds = self.clock.take()
+        seconds, loader_seconds = self.clock.take(), self.loader_clock.take()
         began, self.began = self.began, time.perf_counter()
         user_loss, item_loss = losses_n2.mean(axis=0)
         self.log.steps(
@@ -110,7 +113,9 @@ class StepMeter:
             gradient_norm=_gradient_norm(self.model),
             events_per_s=self.num_events / max(self.began - began, 1e-9),
             phase_seconds=seconds,
-            distinct_share=self.representations.take_distinct_share(),
+            loader_seconds=loader_seconds,
+            num_steps=len(losses_n2),
+            hit_rate=self.representations.take_hit_rate(),
         )
         self.read_n2.append(losses_n2)
         num_events = self.num_events

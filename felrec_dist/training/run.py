@@ -102,8 +102,8 @@ def run_training(
     """Trains, tests the best epoch, and leaves the report in the run's folder."""
     dataset = PreparedDataset.open(config.data.url)
     _check_parts(dataset)
-    trainer = Trainer(config, dataset, client, world, progress, should_stop)
-    result = trainer.fit(resume=resume)
+    with Trainer(config, dataset, client, world, progress, should_stop) as trainer:
+        result = trainer.fit(resume=resume)
     if world.is_first:
         _write_report(
             config,
@@ -133,8 +133,8 @@ def run_evaluation(
     dataset = PreparedDataset.open(config.data.url)
     _check_parts(dataset)
     checkpoint = read_checkpoint(checkpoint_url)
-    trainer = Trainer(config, dataset, client, world, progress, should_stop)
-    result = trainer.test(checkpoint, protocol)
+    with Trainer(config, dataset, client, world, progress, should_stop) as trainer:
+        result = trainer.test(checkpoint, protocol)
     if world.is_first:
         _write_report(
             config,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import fsspec
 import numpy as np
@@ -47,9 +47,10 @@ from felrec_dist.training.checkpoint import (
     SnapshotChain,
     read_checkpoint,
 )
-from felrec_dist.training.clock import PhaseClock
+from felrec_dist.training.clock import LOADER_PHASES, PhaseClock
 from felrec_dist.training.config import DTYPES
 from felrec_dist.training.exchange import Exchange
+from felrec_dist.training.loader import BatchLoader
 from felrec_dist.training.meter import EpochLosses, StepMeter
 from felrec_dist.training.metrics import RunLog
 from felrec_dist.training.representations import STORAGE_DTYPES, Representations
@@ -160,7 +161,10 @@ class Trainer:
             empty_slot=config.model.empty_slot,
             absent_row=config.model.absent_row,
             written_shards=tuple(range(world.rank, config.cache.num_shards, world.world_size)),
+            hot_rows=config.cache.hot_rows,
         )
+        self.loader_clock = PhaseClock(LOADER_PHASES)
+        self.loader = BatchLoader(histories, self.representations, world, self.loader_clock)
         self.exchange = Exchange(world)
         self.step = TrainingStep(
             model=self.model,
@@ -168,7 +172,6 @@ class Trainer:
             optimizer=self.optimizer,
             grad_clip_value=config.training.grad_clip_value,
             seed=config.training.seed,
-            histories=histories,
             representations=self.representations,
             exchange=self.exchange,
             clock=self.clock,
@@ -178,11 +181,18 @@ class Trainer:
             dataset=dataset,
             batch_size=config.data.batch_size,
             model=self.model,
-            histories=histories,
+            loader=self.loader,
             representations=self.representations,
             exchange=self.exchange,
             clock=self.clock,
         )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Ends the threads; the cache belongs to whoever made it."""
+        self.representations.close()
 
     def fit(self, *, resume: bool = False) -> RunResult:
         """Trains to the last epoch and tests the best one.
@@ -294,19 +304,23 @@ class Trainer:
             exchange=self.exchange,
             representations=self.representations,
             clock=self.clock,
+            loader_clock=self.loader_clock,
             log=log,
             epoch=epoch,
             first_global_step=epoch * self.steps_per_epoch,
             done=done,
         )
-        batches = stream.batches(StreamPosition(self.train_span.start + first_step * batch_size))
-        for step in range(first_step, self.steps_per_epoch):
-            with self.clock("data"):
-                batch, next_position = next(batches)
-            rate = learning_rate(self.config.training.schedule, epoch, step, self.steps_per_epoch)
-            output = self.step(batch, epoch, step, rate)
-            meter.add(batch, output, rate)
-            self._after_step(epoch, step + 1, next_position.next_position, meter)
+        start = StreamPosition(self.train_span.start + first_step * batch_size)
+        with self.loader.batches(stream, first_step, start) as batches:
+            for step in range(first_step, self.steps_per_epoch):
+                with self.clock("wait"):
+                    loaded = next(batches)
+                rate = learning_rate(
+                    self.config.training.schedule, epoch, step, self.steps_per_epoch
+                )
+                output = self.step(loaded, epoch, rate)
+                meter.add(loaded.batch, output, rate)
+                self._after_step(epoch, step + 1, loaded.next_position.next_position, meter)
         _check_weights(self.model, f"after the last step of epoch {epoch}")
         return meter.losses
 
@@ -411,7 +425,7 @@ class Trainer:
         """
         _check_weights(self.model, f"at {position.name}")
         self.exchange.check_equal(self.model.state_dict(), where=f"at {position.name}")
-        self.client.flush()
+        self.representations.flush()
         # Every rank's writes are in the shards before the first rank has them snapshot.
         self.world.barrier()
         if self.world.is_first:
@@ -483,7 +497,7 @@ class Trainer:
         self._chain = None
         if generation is None:
             return
-        self.client.flush()
+        self.representations.flush()
         self.world.barrier()
         if self.world.is_first:
             self.client.restore(
@@ -494,7 +508,7 @@ class Trainer:
             )
             self._chain = checkpoint.chain
         self.world.barrier()
-        self.client.begin_generation(generation)
+        self.representations.begin(generation, checkpoint.position.cache_step)
 
     def _start(self, resume: bool) -> Checkpoint | None:
         """Prepares the run's folder; returns where the run goes on, None at its beginning."""
@@ -529,12 +543,12 @@ class Trainer:
     def _begin_cache(self, generation: int) -> None:
         """Empties the cache for a new life; late writes of an earlier one are dropped."""
         self._chain = None
-        self.client.flush()
+        self.representations.flush()
         self.world.barrier()
         if self.world.is_first:
             self.client.clear(generation)
         self.world.barrier()
-        self.client.begin_generation(generation)
+        self.representations.begin(generation, step=0)
 
     def _optimizer_state(self) -> dict[str, Tensor]:
         """Returns the optimizer's tensors as ``<parameter>:<name of the state>``."""

@@ -56,7 +56,9 @@ def test_in_process(trajectory: Trajectory, tmp_path: Path) -> None:
     dataset = prepare_events(trajectory, tmp_path)
     config = trajectory.config(dataset.url, str(tmp_path / "run"), num_shards=3)
     tables = config.cache.tables(config.model.encoder.width)
-    transport = InProcessTransport(tables, num_shards=3, block_rows=config.cache.block_rows)
+    transport = InProcessTransport(
+        tables, num_shards=3, block_rows=config.cache.block_rows, can_wait=True
+    )
     replay(trajectory, config, dataset, CacheClient(transport, timeout_s=5.0))
 
 
