@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import wait as wait_for_futures
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -273,20 +274,21 @@ def test_a_cache_with_a_dead_shard_is_not_handed_out(session: None) -> None:
     wait_until_ended("half")
 
 
-def test_shards_that_have_not_started_are_waited_for_with_a_limit(session: None) -> None:
+def test_a_shard_that_has_not_started_is_waited_for_with_a_limit(session: None) -> None:
+    # Two CPUs: the second shard finds no place.
+    start = partial(create_shard_actors, TABLES, 2, num_cpus=2, timeout_s=60)
     with ThreadPoolExecutor(1) as pool:
-        starting = pool.submit(
-            create_shard_actors, TABLES, 1, num_cpus=50, timeout_s=2, name="slow", namespace="tests"
-        )
+        starting = pool.submit(start, name="slow", namespace="tests", fetch_threads=1)
         deadline = time.monotonic() + 10
         while not is_alive("slow", "tests") and time.monotonic() < deadline:
             time.sleep(0.02)
-        with pytest.raises(
-            CacheTimeoutError, match=r"do not answer(?s:.*)cache slow, shards \[0\]"
-        ):
-            find_shard_actors("slow", namespace="tests", timeout_s=0.2)
-        with pytest.raises(CacheTimeoutError, match="did not start"):
-            starting.result(20)
+        first = ray.get_actor("slow-0", "tests")
+        assert ray.get(first.describe.remote(), timeout=30).num_shards == 2
+        with pytest.raises(CacheTimeoutError, match=r"not answer(?s:.*)cache slow, shards \[1\]"):
+            find_shard_actors("slow", namespace="tests", timeout_s=0.5)
+        ray.kill(ray.get_actor("slow-1", "tests"))
+        with pytest.raises(ShardLostError, match="died while it was started"):
+            starting.result(30)
     wait_until_ended("slow")
 
 

@@ -126,7 +126,7 @@ def test_a_write_waits_for_running_fetches_with_a_limit(
     assert whole.fence() == Fence(0, 0)
 
 
-def test_a_fetch_waits_for_a_running_write_with_a_limit(
+def test_fetches_and_digests_wait_for_a_running_write_with_a_limit(
     whole: ShardService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inside, go_on = threading.Event(), threading.Event()
@@ -143,8 +143,12 @@ def test_a_fetch_waits_for_a_running_write_with_a_limit(
         assert inside.wait(5)
         with pytest.raises(CacheTimeoutError, match=r"fetch of step 0 waited 0.1 s"):
             whole.fetch(request(0), 0.1)
+        # What it takes digests of must not change meanwhile.
+        with pytest.raises(CacheTimeoutError, match=r"digest of the buckets waited 0.1 s"):
+            whole.bucket_digests(0.1)
         go_on.set()
         running.result(5)
+    assert whole.bucket_digests(1.0).tables["item"].total_rows == 1
 
 
 def test_many_readers_and_writers_see_whole_rows_in_order(whole: ShardService) -> None:
