@@ -31,7 +31,7 @@ Int32s = npt.NDArray[np.int32]
 Int64s = npt.NDArray[np.int64]
 
 # Rows of plans under way, beside the capacity; doubles when it does not suffice.
-_SMALLEST_RESERVE = 1024
+SMALLEST_RESERVE = 1024
 
 _NO_SLOT = -1
 _NO_STEP = -1
@@ -72,7 +72,7 @@ class HotTier:
     ) -> None:
         self.capacity = capacity
         self._lock = threading.Lock()
-        self._index = _SlotIndex(capacity + _SMALLEST_RESERVE)
+        self._index = _SlotIndex(capacity + SMALLEST_RESERVE)
         # On a CPU memory that was never touched costs nothing.
         self._rows_CD = torch.empty(self._index.num_slots, width, dtype=dtype, device=device)
         self._applied_step = 0
