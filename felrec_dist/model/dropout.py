@@ -5,12 +5,10 @@ position, side, place in the network, slot, dimension). Each event, side and pla
 stream of its own (Steele, Lea & Flood, 2014), of which an element takes 16 bits: probabilities are
 rounded to 1/65536, and the kept elements are scaled by what was rounded to.
 
-Shape legend: B batch, n elements of one event.
+Shape legend: B batch, R rows (a slot of an event's history each), D width.
 """
 
 from __future__ import annotations
-
-import math
 
 import numpy as np
 import numpy.typing as npt
@@ -56,68 +54,71 @@ class EventDropout(nn.Module):
         self.threshold = round(probability * _RESOLUTION)
         self.place = place
 
-    def forward(self, x: Tensor, keys_B: Tensor | None) -> Tensor:
-        """Returns x (B, ...) with elements dropped.
+    def forward(self, x_RD: Tensor, keys_R: Tensor | None, slot_R: Tensor) -> Tensor:
+        """Returns x with elements dropped.
 
         Args:
-            x: activations of B events.
-            keys_B: the events' keys, a row of ``dropout_keys``; needed in training only.
+            x_RD: activations.
+            keys_R: the key of each row's event, of ``dropout_keys``; needed in training only.
+            slot_R: the slot of each row in its event's history.
         """
         if not self.training or self.threshold == 0:
-            return x
-        assert keys_B is not None, "dropout in training needs the events' keys"
-        draw = _draw_on_cpu if x.device.type == "cpu" else draw_factors
-        factors_Bn = draw(keys_B, self.place, math.prod(x.shape[1:]), self.threshold, x.dtype)
-        return x * factors_Bn.view(x.shape)
+            return x_RD
+        assert keys_R is not None, "dropout in training needs the events' keys"
+        draw = _draw_on_cpu if x_RD.device.type == "cpu" else draw_factors
+        return x_RD * draw(keys_R, slot_R, self.place, x_RD.shape[1], self.threshold, x_RD.dtype)
 
 
 def draw_factors(
-    keys_B: Tensor, place: int, num_elements: int, threshold: int, dtype: torch.dtype
+    keys_R: Tensor, slot_R: Tensor, place: int, width: int, threshold: int, dtype: torch.dtype
 ) -> Tensor:
-    """Returns (B, n): 0 where an element is dropped, else what it is scaled by; on any device.
+    """Returns (R, D): 0 where an element is dropped, else what it is scaled by; on any device.
 
     Args:
-        keys_B: int64.
+        keys_R: int64.
+        slot_R: int64.
         place: number of the layer.
-        num_elements: n.
+        width: D.
         threshold: an element is dropped with probability threshold / 65536.
         dtype: of the factors.
     """
-    num_words = -(-num_elements // _LANES)
-    seeds_B = _mix(keys_B + place)
-    counts_w = torch.arange(num_words, device=keys_B.device)
-    words_Bw = _mix(seeds_B[:, None] + counts_w * _signed(_GAMMA))
-    lanes_Bn = words_Bw.view(torch.int16)[:, :num_elements]
+    num_words = -(-width // _LANES)
+    seeds_R = _mix(keys_R + place) + slot_R * num_words * _signed(_GAMMA)
+    counts_w = torch.arange(num_words, device=keys_R.device)
+    words_Rw = _mix(seeds_R[:, None] + counts_w * _signed(_GAMMA))
+    lanes_RD = words_Rw.view(torch.int16)[:, :width]
     # The lanes are signed: [-32768, 32767] instead of [0, 65535].
-    keep_Bn = lanes_Bn >= threshold - _RESOLUTION // 2
-    return keep_Bn.to(dtype).mul_(_RESOLUTION / (_RESOLUTION - threshold))
+    keep_RD = lanes_RD >= threshold - _RESOLUTION // 2
+    return keep_RD.to(dtype).mul_(_RESOLUTION / (_RESOLUTION - threshold))
 
 
 def _draw_on_cpu(
-    keys_B: Tensor, place: int, num_elements: int, threshold: int, dtype: torch.dtype
+    keys_R: Tensor, slot_R: Tensor, place: int, width: int, threshold: int, dtype: torch.dtype
 ) -> Tensor:
     """``draw_factors`` in one compiled pass, to the same bits."""
     # NumPy has no bfloat16.
     drawn_dtype = torch.float32 if dtype == torch.bfloat16 else dtype
-    factors_Bn = torch.empty(len(keys_B), num_elements, dtype=drawn_dtype)
-    _fill_factors(keys_B.numpy(), place, threshold, factors_Bn.numpy())
-    return factors_Bn.to(dtype)
+    factors_RD = torch.empty(len(keys_R), width, dtype=drawn_dtype)
+    _fill_factors(keys_R.numpy(), slot_R.numpy(), place, threshold, factors_RD.numpy())
+    return factors_RD.to(dtype)
 
 
 @njit(nogil=True, cache=True)
-def _fill_factors(keys_B, place, threshold, factors_Bn):  # type: ignore[no-untyped-def]  # compiled
-    num_elements = factors_Bn.shape[1]
+def _fill_factors(keys_R, slot_R, place, threshold, factors_RD):  # type: ignore[no-untyped-def]  # compiled
+    width = factors_RD.shape[1]
+    num_words = (width + 3) // 4
     scale = 65536.0 / (65536 - threshold)
-    for i in range(keys_B.size):
-        state = mix(np.uint64(keys_B[i]) + np.uint64(place))
-        for start in range(0, num_elements, 4):
+    for i in range(keys_R.size):
+        state = mix(np.uint64(keys_R[i]) + np.uint64(place))
+        state += np.uint64(slot_R[i] * num_words) * np.uint64(0x9E3779B97F4A7C15)
+        for start in range(0, width, 4):
             # What mix adds to its argument makes this the next number of the stream.
             word = mix(state)
             state += np.uint64(0x9E3779B97F4A7C15)
-            for lane in range(min(4, num_elements - start)):
+            for lane in range(min(4, width - start)):
                 # Of the lane's sign bit, flipped, as in draw_factors.
                 number = ((word >> np.uint64(16 * lane)) & np.uint64(0xFFFF)) ^ np.uint64(0x8000)
-                factors_Bn[i, start + lane] = scale if np.int64(number) >= threshold else 0.0
+                factors_RD[i, start + lane] = scale if np.int64(number) >= threshold else 0.0
 
 
 def _mix(x: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from felrec_dist.data.histories import Histories
 from felrec_dist.data.stream import EventBatch
 from felrec_dist.model.felrec import EncoderInputs
 from felrec_dist.model.identity import identity_rows
+from felrec_dist.model.packing import PADDED_ROWS_PER_GROUP, Packing, pack
 from felrec_dist.section import Section
 from felrec_dist.training.hot_tier import HotTier, SlotPlan
 from felrec_dist.training.row_writer import RowWrite, RowWriter
@@ -69,14 +70,14 @@ class PlannedRows:
     Attributes:
         step: the step that reads.
         batch: this rank's events.
-        lengths: of the histories, (b,) int64, by the side of the ids in them.
+        packings: the lengths of the histories as groups, by the side of the ids in them.
         plans: where the rows are, by side.
         fetched: those that were missing in the hot tier, by side.
     """
 
     step: int
     batch: EventBatch
-    lengths: Mapping[str, npt.NDArray[np.int64]]
+    packings: Mapping[str, Packing]
     plans: Mapping[str, SlotPlan]
     fetched: Mapping[str, FetchedRows]
 
@@ -166,8 +167,11 @@ class Representations:
         fetched = self._fetching.fetch(
             applied_step, {side: plan.missing_ids for side, plan in plans.items()}
         )
-        lengths = {side: h.lengths_B for side, h in histories.items()}
-        return PlannedRows(step, batch, lengths, plans, fetched)
+        padded_rows = PADDED_ROWS_PER_GROUP[self.device.type]
+        packings = {
+            side: pack(h.lengths_B, h.ids_BN.shape[1], padded_rows) for side, h in histories.items()
+        }
+        return PlannedRows(step, batch, packings, plans, fetched)
 
     def take(self, planned: PlannedRows) -> EncoderInputs:
         """Returns the representations of the histories as they are when the step begins.
@@ -175,20 +179,20 @@ class Representations:
         An id the cache has never seen reads as zero, unless ``absent_row`` says otherwise. Plans
         are taken in the order in which they were made.
         """
-        rows, lengths = {}, {}
+        rows, packings = {}, {}
         for side, tier in self.tiers.items():
             plan = planned.plans[side]
             tier.fill(plan, self._rows_of(side, plan.missing_ids, planned.fetched[side]))
             rows[side] = tier.read(self._to_device(plan.slots_BS))
             tier.release(planned.step)
-            lengths[side] = self._to_device(planned.lengths[side])
+            packings[side] = planned.packings[side].to(self.device)
             self._num_distinct += plan.num_distinct
             self._num_missing += len(plan.missing_ids)
         return EncoderInputs(
             items_of_users_BSD=rows[ITEM],
-            user_lengths_B=lengths[ITEM],
+            users=packings[ITEM],
             users_of_items_BSD=rows[USER],
-            item_lengths_B=lengths[USER],
+            items=packings[USER],
             user_identity_BD=self.empty_slots(USER, planned.batch.user),
             item_identity_BD=self.empty_slots(ITEM, planned.batch.item),
         )

@@ -99,9 +99,9 @@ def record(
     def recorded_take(planned: PlannedRows) -> EncoderInputs:
         inputs = take(planned)
         for row, position in enumerate(planned.batch.positions.tolist()):
-            length = int(inputs.user_lengths_B[row])
+            length = int(inputs.users.lengths_B[row])
             items_of_user[position] = inputs.items_of_users_BSD[row, :length].clone()
-            length = int(inputs.item_lengths_B[row])
+            length = int(inputs.items.lengths_B[row])
             users_of_item[position] = inputs.users_of_items_BSD[row, :length].clone()
         return inputs
 

@@ -250,10 +250,10 @@ class ToyRank:
         positions = loaded.mine.positions.tolist()
         inputs = self.representations.take(loaded.rows)
         user_bD = represent(
-            inputs.items_of_users_BSD, inputs.user_lengths_B, positions, USER, epoch
+            inputs.items_of_users_BSD, inputs.users.lengths_B, positions, USER, epoch
         )
         item_bD = represent(
-            inputs.users_of_items_BSD, inputs.item_lengths_B, positions, ITEM, epoch
+            inputs.users_of_items_BSD, inputs.items.lengths_B, positions, ITEM, epoch
         )
         slices = self.ranks.all_gather(self.rank, torch.cat([user_bD, item_bD], dim=1))
         user_BD, item_BD = torch.cat(slices).split(D, dim=1)

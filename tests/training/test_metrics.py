@@ -157,11 +157,11 @@ def test_the_clock_gives_each_phase_its_seconds(monkeypatch: pytest.MonkeyPatch)
     times = iter([0.0, 1.0, 10.0, 12.0, 20.0, 24.0])
     monkeypatch.setattr("felrec_dist.training.clock.time.perf_counter", lambda: next(times))
     clock = PhaseClock()
-    with clock("fetch"):
+    with clock("rows"):
         pass
     with clock("encode"):
         pass
-    with pytest.raises(KeyError, match="x"), clock("fetch"):
+    with pytest.raises(KeyError, match="x"), clock("rows"):
         raise KeyError("x")
-    assert clock.take() == {**dict.fromkeys(STEP_PHASES, 0.0), "fetch": 5.0, "encode": 2.0}
+    assert clock.take() == {**dict.fromkeys(STEP_PHASES, 0.0), "rows": 5.0, "encode": 2.0}
     assert set(clock.take().values()) == {0.0}

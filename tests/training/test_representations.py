@@ -143,8 +143,8 @@ def test_a_stream_reads_what_a_dictionary_would_hold(
         items_of_users, users_of_items = reader.read(batch)
         inputs = representations.take(plans.popleft())
         for side, histories, found_BSD, lengths_B in (
-            (ITEM, items_of_users, inputs.items_of_users_BSD, inputs.user_lengths_B),
-            (USER, users_of_items, inputs.users_of_items_BSD, inputs.item_lengths_B),
+            (ITEM, items_of_users, inputs.items_of_users_BSD, inputs.users.lengths_B),
+            (USER, users_of_items, inputs.users_of_items_BSD, inputs.items.lengths_B),
         ):
             assert found_BSD.dtype == dtype
             assert lengths_B.tolist() == histories.lengths_B.tolist()
@@ -219,7 +219,7 @@ def test_a_slice_without_any_history_has_one_empty_slot(dataset: PreparedDataset
     batch = batches(dataset)[0].slice(0, 3)
     inputs = fetch(representations, 0, batch, empty, empty)
     assert inputs.items_of_users_BSD.shape == (3, 1, WIDTH)
-    assert not inputs.user_lengths_B.any()
+    assert not inputs.users.lengths_B.any()
 
 
 def test_an_empty_slice_reads_nothing(dataset: PreparedDataset) -> None:
@@ -227,7 +227,7 @@ def test_an_empty_slice_reads_nothing(dataset: PreparedDataset) -> None:
     batch = batches(dataset)[0].slice(2, 2)
     inputs = fetch(representations, 0, batch, *HistoryReader(dataset, N).read(batch))
     assert inputs.items_of_users_BSD.shape == (0, 1, WIDTH)
-    assert inputs.item_lengths_B.shape == (0,)
+    assert inputs.items.lengths_B.shape == (0,)
 
 
 def test_only_distinct_ids_that_are_not_here_travel(dataset: PreparedDataset) -> None:
