@@ -287,11 +287,11 @@ def _read_rows(
     # must never look like rows.
     except Exception as error:
         raise SnapshotError(
-            "A snapshot's file is missing or damaged.",
+            "A snapshot's file is out of reach, missing or damaged.",
             where=url,
             got=f"{type(error).__name__}: {error}",
             expected=f"{part.nbytes} bytes, {part.num_rows} rows",
-            remedy=_AGAIN,
+            remedy="Try again if the storage was out of reach, else restore an older checkpoint.",
         ) from error
 
 

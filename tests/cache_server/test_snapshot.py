@@ -398,7 +398,8 @@ def test_storage_that_is_not_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         client.snapshot(prefix)
     with pytest.raises(
-        SnapshotError, match=r"missing or damaged(?s:.*)user-0000(?s:.*)Could not connect"
+        SnapshotError,
+        match=r"out of reach(?s:.*)user-0000(?s:.*)Could not connect(?s:.*)Try again",
     ):
         client.restore(prefix, parts, 1, 3)
 
