@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-import fsspec
 import numpy as np
 import torch
 from torch import Tensor
@@ -27,7 +26,6 @@ from felrec_dist.errors import (
     FelrecError,
     NonFiniteLossError,
     RunStoppedError,
-    storage_errors,
 )
 from felrec_dist.evaluation.evaluator import Evaluator
 from felrec_dist.evaluation.evaluator import Protocol as EvaluationProtocol
@@ -38,6 +36,7 @@ from felrec_dist.evaluation.result import (
     metrics_to_json,
 )
 from felrec_dist.model.felrec import EncoderInputs, ModelOutput, build_model
+from felrec_dist.storage import write_whole
 from felrec_dist.training.checkpoint import (
     CACHE_FOLDER,
     BestEpoch,
@@ -520,9 +519,11 @@ class Trainer:
             self.progress.say(f"resumed from {latest}")
         # Only now: a config that was refused must not replace the one the run began with.
         if self.world.is_first:
-            url = f"{self.config.run.url.rstrip('/')}/config.yaml"
-            with storage_errors("the run's config cannot be written", url):
-                _write_text(url, dump_config(self.config))
+            write_whole(
+                f"{self.config.run.url.rstrip('/')}/config.yaml",
+                dump_config(self.config).encode(),
+                "the run's config cannot be written",
+            )
         self.world.barrier()
         return checkpoint
 
@@ -612,10 +613,3 @@ def _difference(then: Any, now: Any, path: str = "") -> str:
             if then.get(key) != now.get(key):
                 return _difference(then.get(key), now.get(key), f"{path}.{key}" if path else key)
     return f"{path} {then!r} in the checkpoint, {now!r} in the config".strip()
-
-
-def _write_text(url: str, text: str) -> None:
-    fs, path = fsspec.core.url_to_fs(url)
-    fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
-    with fs.open(path, "w") as file:
-        file.write(text)
