@@ -195,12 +195,11 @@ class Trainer:
         """
         config = self.config
         start = self._start(resume)
-        log = RunLog(
+        with RunLog(
             config.run.url,
             is_writer=self.world.is_first,
             steps_done=start.position.global_step if start else 0,
-        )
-        try:
+        ) as log:
             num_epochs = config.training.schedule.epochs
             for epoch in range(start.position.first_epoch if start else 0, num_epochs):
                 stage = f"epoch {epoch + 1}/{num_epochs}"
@@ -244,8 +243,6 @@ class Trainer:
             log.evaluation(
                 "test", num_epochs * self.steps_per_epoch, test.metrics(), k=config.evaluation.k
             )
-        finally:
-            log.close()
         return RunResult(
             best=self.best,
             checkpoint_url=checkpoint.url,
