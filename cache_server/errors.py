@@ -6,7 +6,11 @@ is drawn in ``felrec_dist/errors.py``.
 
 from __future__ import annotations
 
+import re
 from typing import TypeVar
+
+_MAX_CHARACTERS = 2000
+_NOT_PRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 class FelrecError(Exception):
@@ -29,18 +33,25 @@ class FelrecError(Exception):
         expected: object = None,
         remedy: str = "",
     ) -> None:
-        self.what = what
-        self.where = where
-        self.got = None if got is None else str(got)
-        self.expected = None if expected is None else str(expected)
+        self.what = _printable(what)
+        self.where = _printable(where)
+        self.got = None if got is None else _printable(str(got))
+        self.expected = None if expected is None else _printable(str(expected))
         self.remedy = remedy
-        facts = {"where": where, "got": self.got, "expected": self.expected, "remedy": remedy}
+        facts = {"where": self.where, "got": self.got, "expected": self.expected, "remedy": remedy}
         lines = [f"  {name}: {fact}" for name, fact in facts.items() if fact]
-        super().__init__("\n".join([what, *lines]))
+        super().__init__("\n".join([self.what, *lines]))
 
     def __reduce__(self) -> tuple[object, ...]:
         # Exception's own __reduce__ would replay only the message, and Ray ships errors by pickle.
         return (_rebuild, (type(self), self.what, self.where, self.got, self.expected, self.remedy))
+
+
+def _printable(text: str) -> str:
+    """Returns what may stand in a message: files and their names may hold anything, at length."""
+    if len(text) > _MAX_CHARACTERS:
+        text = f"{text[: _MAX_CHARACTERS // 2]} ... ({len(text):,} characters)"
+    return _NOT_PRINTABLE.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
 _E = TypeVar("_E", bound="FelrecError")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -91,18 +92,21 @@ def load_config(url: str, overrides: Sequence[str] = ()) -> ExperimentConfig:
     """
     try:
         with fsspec.open(url, "r") as file:
-            tree = yaml.load(file, _Loader)
+            text = file.read()
     except FileNotFoundError as error:
         raise ConfigError(
             "the config file does not exist", where=url, remedy="see configs/ for examples"
         ) from error
-    except yaml.YAMLError as error:
-        raise ConfigError("the config file is not YAML", where=url, got=error) from error
-    except (OSError, ValueError, ImportError) as error:
-        # A folder, no right to read, bytes that are no text, a URL of an unknown kind.
+    # A folder, no right to read, bytes that are no text; and each storage has errors of its own.
+    except Exception as error:
         raise ConfigError(
-            "the config file cannot be read", where=url, got=f"{type(error).__name__}: {error}"
+            "the config file cannot be read",
+            where=url,
+            got=f"{type(error).__name__}: {error}",
+            expected="a text file, any fsspec URL",
+            remedy="check the address, the rights and the connection",
         ) from error
+    tree = _parse(text, "the config file is not YAML", where=url)
     if not isinstance(tree, dict):
         raise ConfigError(
             "the config file holds no tree of keys",
@@ -147,6 +151,21 @@ def dump_config(config: ExperimentConfig) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
+def _parse(text: str, what: str, *, where: str) -> Any:
+    """Returns what a YAML text says."""
+    try:
+        return yaml.load(text, _Loader)
+    # Beside YAML's own errors: numbers of too many digits, dates that do not exist, a depth that
+    # Python's stack has no room for.
+    except Exception as error:
+        raise ConfigError(
+            what,
+            where=where,
+            got=error if isinstance(error, yaml.YAMLError) else f"{type(error).__name__}: {error}",
+            remedy="see configs/ for examples; a value with special characters needs quotes",
+        ) from error
+
+
 def _override(tree: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
     if not equals or not path:
@@ -156,16 +175,16 @@ def _override(tree: dict[str, Any], override: str) -> None:
             got=override,
             expected="key=value, as training.seed=1",
         )
-    try:
-        value = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError("an override is not YAML", where=path, got=text) from error
+    value = _parse(text, "an override is not YAML", where=path)
     *parents, last = path.split(".")
     for key in parents:
         child = tree.setdefault(key, {})
         if not isinstance(child, dict):
             raise ConfigError(
-                "an override goes through a value", where=path, got=f"{key} = {child!r}"
+                "an override goes through a value",
+                where=path,
+                got=f"{key} = {_in_short(child)}",
+                expected=f"a section of the name {key}",
             )
         tree = child
     tree[last] = value
@@ -189,7 +208,7 @@ def _explain(error: ValidationError, where: str) -> ConfigError:
     return ConfigError(
         f"config value {path or '(whole tree)'} breaks a rule",
         where=where,
-        got=details["input"] if path else None,
+        got=_in_short(details["input"]) if path else None,
         expected=details["msg"],
     )
 
@@ -201,8 +220,37 @@ def _known_keys(location: Sequence[int | str]) -> list[str]:
     return list(section.model_fields)
 
 
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel = 2
+_SHORT.maxstring = _SHORT.maxother = 200
+
+
+def _in_short(value: object) -> str:
+    """Returns a value as Python writes it, of whatever size it is: a few aliases of aliases make
+    millions of items out of ten.
+    """
+    try:
+        return _SHORT.repr(value)
+    except ValueError as error:  # Python does not write numbers of thousands of digits
+        return f"{type(value).__name__}: {error}"
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 takes 1e-7 for a string; everybody means the number."""
+    """YAML 1.1 takes 1e-7 for a string; everybody means the number. And of two equal keys it takes
+    the last one; nobody means that.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[tuple[str, str]] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                name = (key.tag, key.value)
+                if name in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key {key.value!r} stands there twice", key.start_mark
+                    )
+                seen.add(name)
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(

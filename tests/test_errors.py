@@ -51,6 +51,16 @@ def test_facts_that_are_false_are_told() -> None:
     ]
 
 
+def test_facts_are_printable_whatever_a_file_holds() -> None:
+    error = FelrecError("failed", where="a\udcff\x1b[31mb", got="x" * 5_000_000, expected="a\tb\nc")
+    where, got, *expected = str(error).splitlines()[1:]
+    assert where == r"  where: a\udcff\x1b[31mb"
+    assert got == f"  got: {'x' * 1000} ... (5,000,000 characters)"
+    assert expected == ["  expected: a\tb", "c"]
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
+    assert str(FelrecError("failed", got="x" * 2000)) == f"failed\n  got: {'x' * 2000}"
+
+
 def test_the_drawn_tree_is_the_real_one() -> None:
     """Each line of the drawing gives a class, its parent by depth, and its base among built-ins."""
     drawing = felrec_dist.errors.__doc__

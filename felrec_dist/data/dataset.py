@@ -26,6 +26,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -42,7 +43,8 @@ import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
 
-from felrec_dist.errors import DatasetError
+from felrec_dist.errors import DatasetError, FelrecError, storage_errors
+from felrec_dist.storage import json_sha256
 
 SCHEMA_VERSION = 1
 FORMAT = "felrec-dist prepared data set"
@@ -64,6 +66,8 @@ NEIGHBOUR_FILES = {
     "user": "neighbours/items_of_users.npy",
     "item": "neighbours/users_of_items.npy",
 }
+_PART = re.compile(r"events/part-\d{5,}\.parquet")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 CATALOGUE_FILES = {"user": "catalogue/users.parquet", "item": "catalogue/items.parquet"}
 STAGE_TIMEOUT_S = 3600.0
 
@@ -163,8 +167,9 @@ class Part(DataFile):
 class PreparedDataset:
     """A prepared data set, opened for reading; see :meth:`open`.
 
-    Opening reads ``dataset.json`` and compares the sizes of all files with it. Events, neighbours
-    and catalogues are read when they are asked for. Pickles as its URL, so a worker opens it anew.
+    Opening reads ``dataset.json`` and compares the sizes of all files with it; ``verify`` compares
+    their content. Events, neighbours and catalogues are read when they are asked for. Pickles as
+    its URL, so a worker opens it anew.
     """
 
     def __init__(
@@ -198,6 +203,7 @@ class PreparedDataset:
         )
         self.parts = tuple(Part(**part) for part in manifest["parts"])
         self._files = {file["path"]: DataFile(**file) for file in manifest["files"]}
+        self._check_description()
 
     @classmethod
     def open(
@@ -232,7 +238,7 @@ class PreparedDataset:
                 storage_options=storage_options,
                 stage_dir=None if stage_dir is None else os.fspath(stage_dir),
             )
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise DatasetError(
                 "The description of a prepared data set is incomplete.",
                 where=f"{text}/{MANIFEST}",
@@ -270,7 +276,8 @@ class PreparedDataset:
         length of that side.
         """
         file = self._files[NEIGHBOUR_FILES[side]]
-        path = self._local_path(file)
+        with storage_errors("A prepared data set cannot be read.", f"{self.url}/{file.path}"):
+            path = self._local_path(file)
         try:
             index = np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError) as error:
@@ -285,8 +292,9 @@ class PreparedDataset:
 
     @contextmanager
     def open_part(self, part: Part) -> Iterator[pq.ParquetFile]:
-        """One file of events to read row groups from; Arrow's errors become DatasetError."""
-        try:
+        """One file of events to read row groups from; Arrow's errors become DatasetError, those of
+        the storage StorageError."""
+        with self._read_errors(part, expected="a Parquet file"):
             with (
                 self._fs.open(f"{self._root}/{part.path}", "rb") as stream,
                 pq.ParquetFile(stream, pre_buffer=True) as file,
@@ -298,27 +306,31 @@ class PreparedDataset:
                         expected=f"{part.num_events} events",
                     )
                 yield file
-        except (OSError, pa.ArrowException) as error:
-            raise self._damaged(part, got=str(error), expected="a Parquet file") from error
 
     def verify(self) -> None:
         """Read every file and compare its SHA-256 with dataset.json.
 
         Raises:
             DatasetError: naming the first file that differs.
+            StorageError: a file cannot be read.
         """
         for file in (*self.parts, *self._files.values()):
-            with self._fs.open(f"{self._root}/{file.path}", "rb") as stream:
+            url = f"{self.url}/{file.path}"
+            with (
+                storage_errors("A prepared data set cannot be read.", url),
+                self._fs.open(f"{self._root}/{file.path}", "rb") as stream,
+            ):
                 found = hashlib.file_digest(stream, "sha256").hexdigest()
             if found != file.sha256:
                 raise self._damaged(file, got=f"SHA-256 {found}", expected=f"SHA-256 {file.sha256}")
 
     def _check_sizes(self) -> None:
-        # Another process may have written since this one listed the folder.
-        self._fs.invalidate_cache()
-        sizes = {
-            path: info["size"] for path, info in self._fs.find(self._root, detail=True).items()
-        }
+        with storage_errors("A prepared data set cannot be read.", self.url):
+            # Another process may have written since this one listed the folder.
+            self._fs.invalidate_cache()
+            sizes = {
+                path: info["size"] for path, info in self._fs.find(self._root, detail=True).items()
+            }
         for file in (*self.parts, *self._files.values()):
             size = sizes.get(f"{self._root}/{file.path}")
             if size != file.bytes:
@@ -327,6 +339,34 @@ class PreparedDataset:
                     got="no such file" if size is None else f"{size} bytes",
                     expected=f"{file.bytes} bytes",
                 )
+
+    def _check_description(self) -> None:
+        """Raises ValueError unless counts, split and files fit together, and no path leads out."""
+        train, validation, test = self.split.train, self.split.validation, self.split.test
+        edges = (0, train.stop, validation.stop, self.num_events)
+        if edges != (train.start, validation.start, test.start, test.stop):
+            raise ValueError(f"the split is {self.split}, of {self.num_events} events")
+        stops = [0, *(part.first_position + part.num_events for part in self.parts)]
+        if [*(part.first_position for part in self.parts), self.num_events] != stops:
+            raise ValueError(f"the parts are not the events 0 to {self.num_events - 1}")
+        paths = {*NEIGHBOUR_FILES.values(), *CATALOGUE_FILES.values()}
+        strange = [part.path for part in self.parts if not _PART.fullmatch(part.path)]
+        if strange or self._files.keys() != paths:
+            raise ValueError(f"the files are {sorted({*strange, *self._files})}")
+        if not _DIGEST.fullmatch(self.digest):
+            raise ValueError(f"the digest is {self.digest!r}")
+
+    @contextmanager
+    def _read_errors(self, file: DataFile, *, expected: str) -> Iterator[None]:
+        """Tells a damaged file, DatasetError, from a storage that fails, StorageError."""
+        with storage_errors("A prepared data set cannot be read.", f"{self.url}/{file.path}"):
+            try:
+                yield
+            except (FelrecError, ConnectionError, TimeoutError):
+                raise
+            # Arrow says OSError of content, too.
+            except (OSError, KeyError, pa.ArrowException) as error:
+                raise self._damaged(file, got=str(error), expected=expected) from error
 
     def _damaged(self, file: DataFile, *, got: str, expected: str) -> DatasetError:
         return DatasetError(
@@ -340,16 +380,12 @@ class PreparedDataset:
     def _read_catalogue(self, side: Side) -> Catalogue:
         file = self._files[CATALOGUE_FILES[side]]
         rows = self.num_users if side == "user" else self.num_items
-        try:
+        with self._read_errors(file, expected=f"Parquet with {list(COUNTED_COLUMNS)}"):
             with self._fs.open(f"{self._root}/{file.path}", "rb") as stream:
                 table = pq.read_table(stream)
             columns = {
                 field: table.column(column).to_numpy() for column, field in COUNTED_COLUMNS.items()
             }
-        except (OSError, KeyError, pa.ArrowException) as error:
-            raise self._damaged(
-                file, got=str(error), expected=f"Parquet with {list(COUNTED_COLUMNS)}"
-            ) from error
         if table.num_rows != rows:
             raise self._damaged(file, got=f"{table.num_rows} rows", expected=f"{rows} rows")
         names = table.column("name").combine_chunks() if "name" in table.column_names else None
@@ -449,17 +485,17 @@ def _read_manifest(fs: fsspec.AbstractFileSystem, root: str, url: str) -> dict[s
                 else "check the path, or make the data set with `felrec prepare`"
             ),
         ) from error
-    except OSError as error:
+    except Exception as error:  # each storage has errors of its own
         raise DatasetError(
             "A prepared data set cannot be reached.",
             where=url,
-            got=str(error),
+            got=f"{type(error).__name__}: {error}",
             remedy="check the URL and the storage options (endpoint, credentials)",
         ) from error
     try:
         manifest = json.loads(text)
         is_ours = isinstance(manifest, dict) and manifest.get("format") == FORMAT
-    except ValueError:
+    except (ValueError, RecursionError):
         is_ours = False
     if not is_ours:
         raise DatasetError(
@@ -476,5 +512,14 @@ def _read_manifest(fs: fsspec.AbstractFileSystem, root: str, url: str) -> dict[s
             got=manifest.get("schema_version"),
             expected=SCHEMA_VERSION,
             remedy="prepare it again with this version of felrec-dist",
+        )
+    stated = manifest.pop("sha256", None)  # early data sets have none
+    if stated not in (None, found := json_sha256(manifest)):
+        raise DatasetError(
+            "The description of a prepared data set was changed or damaged.",
+            where=f"{url}/{MANIFEST}",
+            got=f"SHA-256 {found}",
+            expected=f"SHA-256 {stated}, as it states",
+            remedy="copy the data set again, or prepare it again from the raw files",
         )
     return manifest

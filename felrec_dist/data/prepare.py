@@ -52,6 +52,7 @@ from felrec_dist.data.dataset import (
 )
 from felrec_dist.data.sources import Progress, RawSource, RawTable, load
 from felrec_dist.errors import ConfigError, DatasetError, RawDataError
+from felrec_dist.storage import json_sha256
 
 PART_EVENTS = 1_000_000
 ROW_GROUP_EVENTS = 131_072
@@ -138,6 +139,7 @@ def prepare(
             "source": source.describe(raw.files),
         }
         manifest["digest"] = _digest(manifest)
+        manifest["sha256"] = json_sha256(manifest)
         (building / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
         target.publish(building, overwrite, report)
     return PreparedDataset.open(out, storage_options)

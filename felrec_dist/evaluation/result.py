@@ -20,6 +20,7 @@ from rich.table import Table
 
 from felrec_dist.data.dataset import PreparedDataset
 from felrec_dist.evaluation.counts import RankCounts
+from felrec_dist.storage import write_whole
 
 PARTITIONS = ("observed", "new_users", "new_items")
 
@@ -84,7 +85,11 @@ class PartResult:
         }
 
     def write_parquet(self, url: str) -> None:
-        """Writes one row an event: event_id, partition, rank, hit."""
+        """Writes one row an event: event_id, partition, rank, hit.
+
+        Raises:
+            StorageError: the file cannot be written.
+        """
         table = pa.table(
             {
                 "event_id": self.event_id,
@@ -95,8 +100,9 @@ class PartResult:
                 "hit": self.is_hit,
             }
         )
-        with fsspec.open(url, "wb") as file:
-            pq.write_table(table, file)
+        content = pa.BufferOutputStream()
+        pq.write_table(table, content)
+        write_whole(url, content.getvalue().to_pybytes(), "the ranks of a test cannot be written")
 
 
 def partition_of(
@@ -141,8 +147,12 @@ def read_json(url: str) -> dict[str, Any]:
 
 
 def write_json(url: str, value: Mapping[str, Any]) -> None:
-    with fsspec.open(url, "w") as file:
-        json.dump(value, file, indent=1)
+    """Writes a file of JSON.
+
+    Raises:
+        StorageError: the file cannot be written.
+    """
+    write_whole(url, json.dumps(value, indent=1).encode(), "the report of a test cannot be written")
 
 
 def metrics_table(

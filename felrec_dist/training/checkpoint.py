@@ -39,11 +39,13 @@ from torch import Tensor
 from cache_server import SnapshotPart
 from felrec_dist.errors import CheckpointError, storage_errors
 from felrec_dist.section import Section
+from felrec_dist.storage import json_sha256, write_whole
 
 FORMAT = "felrec-dist checkpoint"
 VERSION = 2
 MANIFEST = "manifest.json"
 CACHE_FOLDER = "cache"
+DENSE_FILES = ("model.safetensors", "optimizer.safetensors", "losses.safetensors")
 _FOLDER = re.compile(r"epoch-(\d{4,})(?:-step-(\d{8,}))?")
 _PART = re.compile(r"[\w.-]+/cache/[\w.-]+")
 _GO_BACK = "remove this checkpoint and go back to an earlier one"
@@ -91,6 +93,11 @@ class RunPosition:
     cache_step: int
     next_position: int
     best: BestEpoch | None
+
+    def __post_init__(self) -> None:
+        counts = (self.epoch, self.steps, self.global_step, self.cache_step, self.next_position)
+        if any(type(count) is not int or count < 0 for count in counts):
+            raise ValueError(f"{self}: a position is made of numbers from 0 on")
 
     @property
     def name(self) -> str:
@@ -208,36 +215,31 @@ class CheckpointStore:
             StorageError: a file cannot be written; there is no such checkpoint then.
         """
         url = f"{self.url}/{position.name}"
-        with storage_errors("a checkpoint cannot be written", url):
-            fs, path = fsspec.core.url_to_fs(url)
-            files = []
-            for name, by_name in tensors.items():
-                content = safetensors.torch.save(
-                    {key: tensor.detach().cpu().contiguous() for key, tensor in by_name.items()}
-                )
-                file = f"{name}.safetensors"
-                fs.pipe_file(f"{path}/{file}", content)
-                digest = hashlib.sha256(content).hexdigest()
-                files.append({"path": file, "bytes": len(content), "sha256": digest})
-            manifest = {
-                "format": FORMAT,
-                "version": VERSION,
-                "position": asdict(position),
-                "config": dict(config),
-                "dataset_digest": dataset_digest,
-                "validation": list(validation),
-                "files": files,
-                "cache_parts": [
-                    asdict(part) | {"path": posixpath.relpath(part.path, position.name)}
-                    for part in chain.parts
-                ],
-            }
-            manifest["sha256"] = _sha256_of(manifest)
-            content = json.dumps(manifest, indent=1).encode()
-            # One call writes the whole object; local files are moved into place: no half is seen.
-            with fs.transaction:
-                with fs.open(f"{path}/{MANIFEST}", "wb") as stream:
-                    stream.write(content)
+        files = []
+        for name, by_name in tensors.items():
+            content = safetensors.torch.save(
+                {key: tensor.detach().cpu().contiguous() for key, tensor in by_name.items()}
+            )
+            file = f"{name}.safetensors"
+            write_whole(f"{url}/{file}", content, "a checkpoint cannot be written")
+            digest = hashlib.sha256(content).hexdigest()
+            files.append({"path": file, "bytes": len(content), "sha256": digest})
+        manifest = {
+            "format": FORMAT,
+            "version": VERSION,
+            "position": asdict(position),
+            "config": dict(config),
+            "dataset_digest": dataset_digest,
+            "validation": list(validation),
+            "files": files,
+            "cache_parts": [
+                asdict(part) | {"path": posixpath.relpath(part.path, position.name)}
+                for part in chain.parts
+            ],
+        }
+        manifest["sha256"] = json_sha256(manifest)
+        content = json.dumps(manifest, indent=1).encode()
+        write_whole(f"{url}/{MANIFEST}", content, "a checkpoint cannot be written")
 
     def discard(self, position: RunPosition) -> None:
         """Removes, as far as the storage lets it, what a checkpoint left that was not committed."""
@@ -301,8 +303,10 @@ def read_checkpoint(url: str, *, with_dense: bool = True) -> Checkpoint:
     manifest = _read_manifest(url)
     fs, path = fsspec.core.url_to_fs(url)
     try:
-        files = manifest["files"] if with_dense else []
-        dense = {file["path"]: _read_dense(fs, path, url, file) for file in files}
+        files = {file["path"]: file for file in manifest["files"]}
+        # By name: a manifest must not lead out of its folder.
+        names = DENSE_FILES if with_dense else ()
+        dense = {name: _read_dense(fs, path, url, files[name]) for name in names}
         position = dict(manifest["position"])
         best = position.pop("best")
         return Checkpoint(
@@ -316,16 +320,16 @@ def read_checkpoint(url: str, *, with_dense: bool = True) -> Checkpoint:
             losses_n2=dense["losses.safetensors"]["losses_n2"] if with_dense else torch.empty(0, 2),
             chain=_chain(manifest, url.rpartition("/")[2]),
         )
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise _damaged_manifest(url, f"{type(error).__name__}: {error}") from error
 
 
 def _read_manifest(url: str) -> dict[str, Any]:
     """Returns a manifest, verified."""
-    fs, path = fsspec.core.url_to_fs(url)
-    fs.invalidate_cache()
     try:
-        manifest = json.loads(fs.cat_file(f"{path}/{MANIFEST}"))
+        fs, path = fsspec.core.url_to_fs(url)
+        fs.invalidate_cache()
+        content = fs.cat_file(f"{path}/{MANIFEST}")
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointError(
             "there is no committed checkpoint",
@@ -334,12 +338,12 @@ def _read_manifest(url: str) -> dict[str, Any]:
             remedy="give a folder such as <run>/checkpoints/epoch-0003; "
             "one without a manifest was cut off while it was written",
         ) from error
-    except ValueError as error:
+    except Exception as error:  # each storage has errors of its own
+        raise _unreadable(url, error) from error
+    try:
+        manifest = json.loads(content)
+    except (ValueError, RecursionError) as error:
         raise _damaged_manifest(url, error) from error
-    except OSError as error:
-        raise CheckpointError(
-            "a checkpoint cannot be read", where=url, got=f"{type(error).__name__}: {error}"
-        ) from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise CheckpointError(
             "this is not a checkpoint", where=f"{url}/{MANIFEST}", expected=f"format {FORMAT!r}"
@@ -352,7 +356,7 @@ def _read_manifest(url: str) -> dict[str, Any]:
             expected=VERSION,
             remedy="read it with the felrec-dist that wrote it",
         )
-    found = _sha256_of(manifest)
+    found = json_sha256({key: value for key, value in manifest.items() if key != "sha256"})
     if manifest.get("sha256") != found:
         raise _damaged_manifest(url, f"SHA-256 {found}, not the one it states")
     return manifest
@@ -379,10 +383,13 @@ def _damaged_manifest(url: str, got: object) -> CheckpointError:
     )
 
 
-def _sha256_of(manifest: Mapping[str, Any]) -> str:
-    """Returns the digest of all that a manifest holds, but for the digest it states."""
-    facts = {key: value for key, value in manifest.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+def _unreadable(where: str, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        "a checkpoint cannot be read",
+        where=where,
+        got=f"{type(error).__name__}: {error}",
+        remedy="check the address, the rights and the connection",
+    )
 
 
 def _folders(fs: Any, path: str) -> set[str]:
@@ -425,6 +432,8 @@ def _read_dense(fs: Any, path: str, url: str, file: Mapping[str, Any]) -> dict[s
         raise CheckpointError(
             "a file of a checkpoint is missing", where=where, remedy=_GO_BACK
         ) from error
+    except Exception as error:  # each storage has errors of its own
+        raise _unreadable(where, error) from error
     if len(content) != file["bytes"]:
         raise CheckpointError(
             "a file of a checkpoint is truncated",

@@ -2,29 +2,62 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from io import BytesIO
+from types import TracebackType
+from typing import Self
 
-from torch.utils.tensorboard import SummaryWriter
+import fsspec
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.summary.writer.record_writer import RecordWriter
+from torch.utils.tensorboard.summary import scalar
 
 from cache_server import ShardStats
+from felrec_dist.errors import StorageError, storage_errors
 from felrec_dist.evaluation.result import Metrics
+
+# An object store writes a file anew for every piece that is added to it.
+WRITE_INTERVAL_S = 10.0
 
 
 class RunLog:
-    """Scalars of one run; ranks other than the first write nothing.
+    """Scalars of one run; ranks other than the first write nothing. Use as a context manager.
 
     Args:
         run_url: the run's folder.
         is_writer: whether this rank writes.
         steps_done: of a run that goes on; what it logged after them, before it was stopped, is
             hidden.
+
+    Every method raises StorageError when the file cannot be written.
     """
 
     def __init__(self, run_url: str, *, is_writer: bool, steps_done: int = 0) -> None:
-        self.folder = f"{run_url.rstrip('/')}/tensorboard"
-        # Steps are counted from 1 here: a scalar stands at the number of steps that were done.
-        purge_step = steps_done + 1 if steps_done else None
-        self._writer = SummaryWriter(self.folder, purge_step=purge_step) if is_writer else None
+        self._file = _EventFile(f"{run_url.rstrip('/')}/tensorboard") if is_writer else None
+        if self._file is not None and steps_done:
+            # Steps are counted from 1 here: a scalar stands at the number of steps that were done.
+            start = SessionLog(status=SessionLog.START)
+            self._file.add([Event(step=steps_done + 1, session_log=start)])
+            self._file.write()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is None:
+            self.close()
+        else:
+            with suppress(StorageError):  # the error that ended the run says more
+                self.close()
 
     def steps(
         self,
@@ -95,10 +128,54 @@ class RunLog:
         )
 
     def _write(self, scalars: Mapping[str, float], global_step: int) -> None:
-        if self._writer is not None:
-            for tag, value in scalars.items():
-                self._writer.add_scalar(tag, value, global_step)
+        if self._file is not None:
+            self._file.add(
+                [Event(step=global_step, summary=scalar(t, v)) for t, v in scalars.items()]
+            )
+            if self._file.seconds_since_write >= WRITE_INTERVAL_S:
+                self._file.write()
 
     def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
+        if self._file is not None:
+            self._file.write()
+
+
+class _EventFile:
+    """A file of TensorBoard events on any fsspec URL.
+
+    torch's ``SummaryWriter`` writes in a thread of its own; a storage that refuses ends that thread
+    with a trace, and the run only when it next has something to log.
+    """
+
+    def __init__(self, folder: str) -> None:
+        # TensorBoard reads the files of a folder in the order of their names.
+        name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"
+        self.url = f"{folder}/{name}"
+        with storage_errors("the TensorBoard log cannot be written", self.url):
+            fs, path = fsspec.core.url_to_fs(folder)
+            fs.makedirs(path, exist_ok=True)
+        self._pending = BytesIO()
+        self._records = RecordWriter(self._pending)
+        self.add([Event(file_version="brain.Event:2")])
+        self.write()
+
+    @property
+    def seconds_since_write(self) -> float:
+        return time.monotonic() - self._written
+
+    def add(self, events: Sequence[Event]) -> None:
+        """Takes events, to be written with the next ``write``."""
+        for event in events:
+            event.wall_time = time.time()
+            self._records.write(event.SerializeToString())
+
+    def write(self) -> None:
+        """Adds to the file what was taken since the last time."""
+        with (
+            storage_errors("the TensorBoard log cannot be written", self.url),
+            fsspec.open(self.url, "ab") as file,
+        ):
+            file.write(self._pending.getvalue())
+        self._pending.seek(0)
+        self._pending.truncate()
+        self._written = time.monotonic()

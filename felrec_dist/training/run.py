@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import fsspec
 import torch
 
 from cache_server import CacheClient
 from felrec_dist.config import ExperimentConfig
 from felrec_dist.data.dataset import PreparedDataset
-from felrec_dist.errors import ConfigError, DatasetError
+from felrec_dist.errors import (
+    ConfigError,
+    DatasetError,
+    FelrecError,
+    TrainingError,
+    storage_errors,
+)
 from felrec_dist.evaluation.evaluator import Protocol
 from felrec_dist.evaluation.free_baselines import most_popular, random_scores
 from felrec_dist.evaluation.result import (
@@ -71,8 +77,14 @@ def report_url(config: ExperimentConfig, protocol: Protocol) -> str:
 
 
 def read_report(config: ExperimentConfig, protocol: Protocol) -> TestReport:
-    """Returns the report that ``run_training`` or ``run_evaluation`` left."""
-    return TestReport.from_json(read_json(f"{report_url(config, protocol)}.json"))
+    """Returns the report that ``run_training`` or ``run_evaluation`` left.
+
+    Raises:
+        StorageError: it cannot be read.
+    """
+    url = f"{report_url(config, protocol)}.json"
+    with storage_errors("the report of a test cannot be read", url):
+        return TestReport.from_json(read_json(url))
 
 
 def resolve_device(config: ExperimentConfig) -> torch.device:
@@ -100,9 +112,11 @@ def run_training(
     should_stop: Callable[[], bool] = lambda: False,
 ) -> RunResult:
     """Trains, tests the best epoch, and leaves the report in the run's folder."""
-    dataset = PreparedDataset.open(config.data.url)
-    _check_parts(dataset)
-    with Trainer(config, dataset, client, world, progress, should_stop) as trainer:
+    dataset = _open(config, world)
+    with (
+        _memory_errors(config),
+        Trainer(config, dataset, client, world, progress, should_stop) as trainer,
+    ):
         result = trainer.fit(resume=resume)
     if world.is_first:
         _write_report(
@@ -130,10 +144,12 @@ def run_evaluation(
     should_stop: Callable[[], bool] = lambda: False,
 ) -> PartResult:
     """Tests a checkpoint and leaves the report in the run's folder."""
-    dataset = PreparedDataset.open(config.data.url)
-    _check_parts(dataset)
+    dataset = _open(config, world)
     checkpoint = read_checkpoint(checkpoint_url)
-    with Trainer(config, dataset, client, world, progress, should_stop) as trainer:
+    with (
+        _memory_errors(config),
+        Trainer(config, dataset, client, world, progress, should_stop) as trainer,
+    ):
         result = trainer.test(checkpoint, protocol)
     if world.is_first:
         _write_report(
@@ -189,13 +205,17 @@ def _write_report(
         },
     )
     url = report_url(config, protocol)
-    fs, path = fsspec.core.url_to_fs(url)
-    fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
     result.write_parquet(f"{url}.parquet")
     write_json(f"{url}.json", report.to_json())
 
 
-def _check_parts(dataset: PreparedDataset) -> None:
+def _open(config: ExperimentConfig, world: World) -> PreparedDataset:
+    """Opens the data set and compares every byte with what was prepared: of a changed history no
+    error would tell.
+    """
+    dataset = PreparedDataset.open(config.data.url)
+    if world.is_first:
+        dataset.verify()
     for name, span in (("validation", dataset.split.validation), ("test", dataset.split.test)):
         if len(span) == 0:
             raise DatasetError(
@@ -203,3 +223,29 @@ def _check_parts(dataset: PreparedDataset) -> None:
                 where=dataset.url,
                 remedy=f"prepare it with a larger --{name}-fraction",
             )
+    return dataset
+
+
+@contextmanager
+def _memory_errors(config: ExperimentConfig) -> Iterator[None]:
+    """Turns what torch, NumPy and Arrow raise when memory is short into a ``TrainingError``."""
+    try:
+        yield
+    except FelrecError:
+        raise
+    except (MemoryError, RuntimeError) as error:
+        is_short = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        # On a CPU torch has no class of its own for it.
+        if not is_short and "can't allocate memory" not in str(error):
+            raise
+        encoder = config.model.encoder
+        raise TrainingError(
+            "the run needs more memory than there is",
+            where=config.run.url,
+            got=error,
+            expected=f"room for data.batch_size = {config.data.batch_size}, "
+            f"model.encoder.width = {encoder.width} and history_length = {encoder.history_length}, "
+            f"model.queue_size = {config.model.queue_size}, "
+            f"evaluation.num_negatives = {config.evaluation.num_negatives}",
+            remedy="make the largest of these smaller, or use more workers",
+        ) from error

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, Self
 
-import fsspec
 import numpy as np
 import torch
 from torch import Tensor
@@ -27,7 +26,6 @@ from felrec_dist.errors import (
     FelrecError,
     NonFiniteLossError,
     RunStoppedError,
-    storage_errors,
 )
 from felrec_dist.evaluation.evaluator import Evaluator
 from felrec_dist.evaluation.evaluator import Protocol as EvaluationProtocol
@@ -38,6 +36,7 @@ from felrec_dist.evaluation.result import (
     metrics_to_json,
 )
 from felrec_dist.model.felrec import EncoderInputs, ModelOutput, build_model
+from felrec_dist.storage import write_whole
 from felrec_dist.training.checkpoint import (
     CACHE_FOLDER,
     BestEpoch,
@@ -206,12 +205,11 @@ class Trainer:
         """
         config = self.config
         start = self._start(resume)
-        log = RunLog(
+        with RunLog(
             config.run.url,
             is_writer=self.world.is_first,
             steps_done=start.position.global_step if start else 0,
-        )
-        try:
+        ) as log:
             num_epochs = config.training.schedule.epochs
             for epoch in range(start.position.first_epoch if start else 0, num_epochs):
                 stage = f"epoch {epoch + 1}/{num_epochs}"
@@ -255,8 +253,6 @@ class Trainer:
             log.evaluation(
                 "test", num_epochs * self.steps_per_epoch, test.metrics(), k=config.evaluation.k
             )
-        finally:
-            log.close()
         return RunResult(
             best=self.best,
             checkpoint_url=checkpoint.url,
@@ -534,9 +530,11 @@ class Trainer:
             self.progress.say(f"resumed from {latest}")
         # Only now: a config that was refused must not replace the one the run began with.
         if self.world.is_first:
-            url = f"{self.config.run.url.rstrip('/')}/config.yaml"
-            with storage_errors("the run's config cannot be written", url):
-                _write_text(url, dump_config(self.config))
+            write_whole(
+                f"{self.config.run.url.rstrip('/')}/config.yaml",
+                dump_config(self.config).encode(),
+                "the run's config cannot be written",
+            )
         self.world.barrier()
         return checkpoint
 
@@ -626,10 +624,3 @@ def _difference(then: Any, now: Any, path: str = "") -> str:
             if then.get(key) != now.get(key):
                 return _difference(then.get(key), now.get(key), f"{path}.{key}" if path else key)
     return f"{path} {then!r} in the checkpoint, {now!r} in the config".strip()
-
-
-def _write_text(url: str, text: str) -> None:
-    fs, path = fsspec.core.url_to_fs(url)
-    fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
-    with fs.open(path, "w") as file:
-        file.write(text)

@@ -17,6 +17,7 @@ import felrec_dist.data.dataset
 from felrec_dist.data.dataset import Catalogue, PreparedDataset
 from felrec_dist.data.prepare import prepare
 from felrec_dist.errors import DatasetError
+from felrec_dist.storage import json_sha256
 from tests.data.oracle import prepare_rows, some_rows, write_parquet
 
 
@@ -30,6 +31,8 @@ def change_manifest(change: Callable[[dict[str, Any]], object]) -> Callable[[Pat
         file = folder / "dataset.json"
         manifest = json.loads(file.read_text())
         change(manifest)
+        if manifest.pop("sha256", None) is not None:
+            manifest["sha256"] = json_sha256(manifest)
         file.write_text(json.dumps(manifest))
 
     return damage
@@ -110,6 +113,54 @@ def test_verify_sees_a_changed_byte(folder: Path) -> None:
     file.write_bytes(content)
     with pytest.raises(DatasetError, match=r"part-00001.parquet\n  got: SHA-256"):
         PreparedDataset.open(folder).verify()
+
+
+def test_a_flipped_bit_anywhere_in_the_description_is_noticed(folder: Path) -> None:
+    """Counts and the split stand only there: one digit would make another experiment of it."""
+    file = folder / "dataset.json"
+    content = file.read_bytes()
+    generator = np.random.default_rng(0)
+    num_noticed = 0
+    for _ in range(300):
+        flipped = bytearray(content)
+        flipped[generator.integers(len(content))] ^= 1 << int(generator.integers(8))
+        file.write_bytes(flipped)
+        try:
+            PreparedDataset.open(folder)
+        except DatasetError:
+            num_noticed += 1
+        else:
+            # White space between the values, or the name of the digest itself.
+            facts, found = json.loads(content), json.loads(bytes(flipped))
+            known = facts.keys() - {"sha256"}
+            assert {key: facts[key] for key in known} == {key: found[key] for key in known}
+    assert num_noticed > 200
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda manifest: manifest["split"].update(train=[0, 70]),
+        lambda manifest: manifest.update(num_events=101),
+        lambda manifest: manifest["parts"].pop(2),
+        lambda manifest: manifest["parts"].clear(),
+        lambda manifest: manifest["files"].pop(),
+        lambda manifest: manifest["files"][0].update(path="../../secret"),
+        lambda manifest: manifest["parts"][0].update(path="events/../../secret.parquet"),
+        lambda manifest: manifest.update(digest="../../.config"),
+    ],
+)
+@pytest.mark.parametrize("is_sealed", [True, False])
+def test_a_description_that_does_not_fit_together(
+    folder: Path, change: Callable[[dict[str, Any]], object], is_sealed: bool
+) -> None:
+    if not is_sealed:
+        change_manifest(lambda manifest: manifest.update(sha256=None))(folder)
+        PreparedDataset.open(folder)
+    change_manifest(change)(folder)
+    message = r"incomplete(.|\n)*got: ValueError: the .*\n.*version 1"
+    with pytest.raises(DatasetError, match=message):
+        PreparedDataset.open(folder)
 
 
 def test_neighbours_of_another_shape(folder: Path) -> None:

@@ -22,6 +22,7 @@ from cache_server import (
     TableSpec,
 )
 from felrec_dist.errors import CheckpointError
+from felrec_dist.storage import json_sha256, write_whole
 from felrec_dist.training.checkpoint import (
     BestEpoch,
     Checkpoint,
@@ -294,18 +295,16 @@ def test_killed_while_it_replaces_one_of_the_same_epoch_neither_loads(
     assert not fs.exists(f"{path}/model.safetensors"), "nothing of the older one is left to mix"
 
 
-@pytest.mark.parametrize("num_files", [0, 1, 2])
+@pytest.mark.parametrize("num_files", [0, 1, 2, 3])
 def test_killed_within_the_commit_nothing_loads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_files: int
 ) -> None:
-    """At the first dense file, at the second one, and when the manifest is made."""
+    """At each of the dense files, and when the manifest is due."""
     store = CheckpointStore(str(tmp_path))
-    fs, _ = fsspec.core.url_to_fs(store.url)
     save(store, 0)
-    if num_files < 2:
-        monkeypatch.setattr(fs, "pipe_file", stop_after(num_files, fs.pipe_file))
-    else:
-        monkeypatch.setattr(json, "dumps", stop_after(1, json.dumps))  # the first is the digest's
+    monkeypatch.setattr(
+        "felrec_dist.training.checkpoint.write_whole", stop_after(num_files, write_whole)
+    )
     with pytest.raises(KeyboardInterrupt):
         save(store, 1)
     monkeypatch.undo()
@@ -318,26 +317,20 @@ def test_a_manifest_cut_off_while_it_is_written_does_not_appear(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = CheckpointStore(str(tmp_path))
-    fs, _ = fsspec.core.url_to_fs(store.url)
-    real_open = fs.open
+    real_write = Path.write_bytes
 
-    def open_and_stop(path: str, *args: Any, **kwargs: Any) -> Any:
-        stream = real_open(path, *args, **kwargs)
-        if path.endswith("manifest.json"):
-            real_write = stream.write
+    def write(path: Path, content: bytes) -> int:
+        if "manifest" not in path.name:
+            return real_write(path, content)
+        real_write(path, content[: len(content) // 2])
+        raise KeyboardInterrupt
 
-            def write(content: bytes) -> None:
-                real_write(content[: len(content) // 2])
-                raise KeyboardInterrupt
-
-            stream.write = write
-        return stream
-
-    monkeypatch.setattr(fs, "open", open_and_stop)
-    with pytest.raises(KeyboardInterrupt):
-        save(store, 0)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", write)
+        with pytest.raises(KeyboardInterrupt):
+            save(store, 0)
     assert store.latest() is None
+    assert not list(tmp_path.rglob("manifest*"))
 
 
 DENSE = ("model.safetensors", "optimizer.safetensors", "losses.safetensors")
@@ -422,13 +415,12 @@ def test_a_flipped_bit_anywhere_in_the_manifest_is_noticed(tmp_path: Path) -> No
 
 
 def rewrite(url: str, change: Callable[[dict[str, Any]], None], *, with_digest: bool) -> None:
-    from felrec_dist.training.checkpoint import _sha256_of
-
     fs, path = fsspec.core.url_to_fs(f"{url}/manifest.json")
     manifest = json.loads(fs.cat_file(path))
     change(manifest)
     if with_digest:
-        manifest["sha256"] = _sha256_of(manifest)
+        manifest.pop("sha256")
+        manifest["sha256"] = json_sha256(manifest)
     fs.pipe_file(path, json.dumps(manifest).encode())
 
 
