@@ -317,6 +317,7 @@ class Trainer:
                 output = self.step(loaded, epoch, rate)
                 meter.add(loaded.batch, output, rate)
                 self._after_step(epoch, step + 1, loaded.next_position.next_position, meter)
+        self.representations.flush()
         _check_weights(self.model, f"after the last step of epoch {epoch}")
         return meter.losses
 
@@ -383,6 +384,7 @@ class Trainer:
                 raise self._stopped(stage)
 
         results, step = self.evaluator.evaluate(span, step, [chosen], on_batch=on_batch)
+        self.representations.flush()
         return results[chosen], step
 
     def test(
