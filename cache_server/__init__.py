@@ -9,6 +9,8 @@
     service.py        a shard's shell: locks and waits
     shard.py          a shard: tables, last writer wins, the fence; pure
     snapshot.py       a shard's tables in files, and back into any number of shards
+    cuts.py           which snapshots a delta may continue from
+    contents.py       digests by bucket, of shards together or of a snapshot piece by piece
     index.py          key -> row, compiled
     hashing.py        key -> bucket -> shard
     storage.py        the types that rows are stored in
@@ -29,7 +31,15 @@ from cache_server.errors import (
 )
 from cache_server.hashing import NUM_BUCKETS, bucket_of, bucket_range, shard_of
 from cache_server.in_process import InProcessTransport
-from cache_server.messages import Fence, FetchedRows, ShardStats, TableSpec, TableStats
+from cache_server.messages import (
+    BucketDigests,
+    Fence,
+    FetchedRows,
+    ShardDigests,
+    ShardStats,
+    TableSpec,
+    TableStats,
+)
 from cache_server.snapshot import SnapshotPart
 from cache_server.storage import STORAGE_TYPES, StorageType
 from cache_server.transport import Transport
@@ -37,6 +47,7 @@ from cache_server.transport import Transport
 __all__ = [
     "NUM_BUCKETS",
     "STORAGE_TYPES",
+    "BucketDigests",
     "CacheClient",
     "CacheCounters",
     "CacheError",
@@ -45,6 +56,7 @@ __all__ = [
     "Fence",
     "FetchedRows",
     "InProcessTransport",
+    "ShardDigests",
     "ShardLostError",
     "ShardStats",
     "SnapshotError",

@@ -27,13 +27,14 @@ from cache_server.hashing import Int64s, partition
 from cache_server.messages import (
     FetchedRows,
     FetchRequest,
+    ShardDigests,
     ShardStats,
     TableSpec,
     TableWrite,
     WriteBatch,
     check_keys,
 )
-from cache_server.snapshot import SnapshotPart, check_parts
+from cache_server.snapshot import SnapshotPart, check_num_rows, check_parts
 from cache_server.storage import Rows, compute_dtype, decode, decode_into, encode
 from cache_server.transport import Pending, Reply, Transport
 
@@ -96,6 +97,16 @@ class CacheClient:
         self._generation = 0
         self._outstanding: deque[tuple[int, list[Pending]]] = deque()
         self.counters = CacheCounters()
+
+    def sibling(self) -> CacheClient:
+        """Another client of the same shards, for another thread; it needs no closing, but a
+        ``flush``.
+        """
+        other = CacheClient(
+            self._transport, self._timeout_s, snapshot_timeout_s=self._snapshot_timeout_s
+        )
+        other._generation = self._generation
+        return other
 
     def __enter__(self) -> Self:
         return self
@@ -249,29 +260,45 @@ class CacheClient:
                 totals[name] = (totals[name] + digest) % 2**64
         return totals
 
+    def bucket_digests(self) -> list[ShardDigests]:
+        """What every shard holds, in order: digest and number of rows of each bucket. Each shard
+        says how far it was: one consistent cut if all were equally far and none beyond.
+        """
+        self.flush()
+        replies = self._call_all("bucket_digests", self._snapshot_timeout_s)
+        return [reply.value for reply in replies]
+
     def stats(self) -> list[ShardStats]:
         """The state of every shard, in order."""
         return [reply.value for reply in self._call_all("stats", self._timeout_s)]
 
-    def snapshot(self, prefix: str, step: int | None = None) -> list[SnapshotPart]:
-        """Writes the whole cache under a URL; one client does this.
+    def snapshot(
+        self, prefix: str, step: int | None = None, *, since: int | None = None
+    ) -> list[SnapshotPart]:
+        """Writes the whole cache, or what changed in it, under a URL; one client does this.
 
         Args:
             prefix: of the files, any fsspec URL; settings of the storage come from fsspec's own
-                configuration.
+                configuration. Files of another snapshot there may be overwritten.
             step: the step that begins: the snapshot waits for all writes of earlier steps, and
                 refuses if a later one came. None takes the cache as it is.
+            since: the first position that was not yet written at an earlier snapshot of this
+                generation, or at the one that was restored: only the rows with this version or a
+                later one are written, a delta. None writes all rows.
 
         Returns:
-            The parts: their list is the manifest, without which the files are nothing.
+            The parts: their list is the manifest, without which the files are nothing. A delta's
+            are restored after those of the snapshots that it continues.
 
         Raises:
             SnapshotError: a file cannot be written.
-            CacheTimeoutError, ShardLostError, CacheError: as ``fetch``.
+            CacheError: as ``fetch``; or a delta would not hold all that changed: take a full
+                snapshot.
+            CacheTimeoutError, ShardLostError: as ``fetch``.
         """
         self.flush()
         replies = self._call_all(
-            "snapshot", self._snapshot_timeout_s, prefix, self._generation, step
+            "snapshot", self._snapshot_timeout_s, prefix, self._generation, step, since
         )
         return [part for reply in replies for part in reply.value]
 
@@ -281,19 +308,25 @@ class CacheClient:
         """Replaces the whole cache by a snapshot, of any number of shards; one client does this.
 
         Args:
-            prefix, parts: of ``snapshot``.
+            prefix: of ``snapshot``; where the parts lie in several folders, what they share, and
+                ``dataclasses.replace(part, path=...)`` adds the rest to each.
+            parts: those of a full snapshot, then those of each delta that continues it, oldest
+                first.
             generation: begins with this; a new number keeps out what an earlier run still sends.
             step: the step that begins: all writes of earlier steps are in the snapshot.
 
         Raises:
-            SnapshotError: parts are missing (nothing was changed), or one cannot be used (the cache
-                serves nothing until it is restored or cleared).
-            CacheTimeoutError, ShardLostError: as ``fetch``.
+            SnapshotError: the parts are not one chain (nothing was changed), or one cannot be used
+                or is of another chain (the cache serves nothing until it is restored or cleared).
+            CacheTimeoutError, ShardLostError, CacheError: as ``fetch``.
         """
-        check_parts(parts, self.tables)
+        num_rows = check_parts(parts, self.tables)
         # Writes of the run that failed are of no interest any more, nor are their errors.
         self._outstanding.clear()
-        self._call_all("restore", self._snapshot_timeout_s, prefix, tuple(parts), generation, step)
+        replies = self._call_all("restore", self._snapshot_timeout_s, prefix, tuple(parts))
+        check_num_rows(num_rows, [reply.value for reply in replies], prefix)
+        # Only now does a shard serve: all of them hold the whole snapshot.
+        self._call_all("end_restore", self._timeout_s, generation, step)
         self._generation = generation
 
     def close(self) -> None:

@@ -45,6 +45,12 @@ def mix(key):  # type: ignore[no-untyped-def]
     return z ^ (z >> _SHIFT_3)
 
 
+@njit(nogil=True, cache=True, inline="always")
+def bucket_of_hash(hash_):  # type: ignore[no-untyped-def]
+    """The bucket of one ``mix``ed key inside compiled code."""
+    return np.int64(hash_ >> _BUCKET_SHIFT)
+
+
 @njit(nogil=True, cache=True)
 def _mix_all(keys):  # type: ignore[no-untyped-def]
     out = np.empty(keys.size, np.uint64)
@@ -57,14 +63,14 @@ def _mix_all(keys):  # type: ignore[no-untyped-def]
 def _buckets(keys):  # type: ignore[no-untyped-def]
     out = np.empty(keys.size, np.int32)
     for i in range(keys.size):
-        out[i] = np.int32(mix(keys[i]) >> _BUCKET_SHIFT)
+        out[i] = np.int32(bucket_of_hash(mix(keys[i])))
     return out
 
 
 @njit(nogil=True, cache=True)
 def _first_outside(keys, start, stop):  # type: ignore[no-untyped-def]
     for i in range(keys.size):
-        bucket = np.int64(mix(keys[i]) >> _BUCKET_SHIFT)
+        bucket = bucket_of_hash(mix(keys[i]))
         if bucket < start or bucket >= stop:
             return i
     return -1
@@ -75,7 +81,7 @@ def _partition(keys, shard_of_bucket, num_shards):  # type: ignore[no-untyped-de
     shards = np.empty(keys.size, np.int32)
     offsets = np.zeros(num_shards + 1, np.int64)
     for i in range(keys.size):
-        shard = shard_of_bucket[np.int64(mix(keys[i]) >> _BUCKET_SHIFT)]
+        shard = shard_of_bucket[bucket_of_hash(mix(keys[i]))]
         shards[i] = shard
         offsets[shard + 1] += 1
     for shard in range(num_shards):

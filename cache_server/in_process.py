@@ -19,6 +19,8 @@ class InProcessTransport:
         tables: what each table holds, by name.
         num_shards: how many shards to cut the cache into.
         block_rows: rows in a block of a table, a power of two.
+        can_wait: whether several threads use the shards, so that a fetch may wait for a write. If
+            not, a fetch that would wait fails at once.
     """
 
     def __init__(
@@ -27,12 +29,13 @@ class InProcessTransport:
         num_shards: int = 1,
         *,
         block_rows: int = DEFAULT_BLOCK_ROWS,
+        can_wait: bool = False,
     ) -> None:
         self._tables = dict(tables)
         self._services = [
             ShardService(
                 CacheShard(tables, shard=shard, num_shards=num_shards, block_rows=block_rows),
-                can_wait=False,
+                can_wait=can_wait,
             )
             for shard in range(num_shards)
         ]

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 
 import numpy as np
 from numba import carray, njit
+from numpy.typing import NDArray
 
 from cache_server.addresses import int32_pointer
 from cache_server.errors import CacheError
@@ -62,11 +63,9 @@ def _lookup(keys, addresses, capacities):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True)
-def _insert(keys, start, rows, addresses, capacities, sizes, num_rows):  # type: ignore[no-untyped-def]
-    """Inserts ``keys[start:]`` until one meets a full sub-table; returns where it stopped, and the
-    rows so far.
-    """
-    for i in range(start, keys.size):
+def _insert(keys, rows, addresses, capacities, sizes, num_rows):  # type: ignore[no-untyped-def]
+    """Inserts ``keys``, for which there is room; returns the number of rows."""
+    for i in range(keys.size):
         hash_ = mix(keys[i])
         low = np.int32(keys[i])
         high = np.int32(keys[i] >> 32)
@@ -79,15 +78,13 @@ def _insert(keys, start, rows, addresses, capacities, sizes, num_rows):  # type:
             if slot == capacity:
                 slot = 0
         if slots[slot, 2] == 0:
-            if 4 * (sizes[sub] + 1) > 3 * capacity:
-                return i, sub, num_rows
             slots[slot, 0] = low
             slots[slot, 1] = high
             num_rows += 1
             slots[slot, 2] = np.int32(num_rows)
             sizes[sub] += 1
         rows[i] = slots[slot, 2] - 1
-    return keys.size, -1, num_rows
+    return num_rows
 
 
 @njit(nogil=True, cache=True, inline="always")
@@ -112,13 +109,34 @@ def _rehash(old, new):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True)
-def _items(addresses, capacities, sub, slot, keys, rows):  # type: ignore[no-untyped-def]
-    """Copies occupied slots from (sub, slot) on until ``keys`` is full; returns where to go on."""
+def _count_by_sub_table(keys):  # type: ignore[no-untyped-def]
+    counts = np.zeros(_NUM_SUB_TABLES, np.int64)
+    for i in range(keys.size):
+        counts[np.int64(mix(keys[i]) & _SUB_TABLE_MASK)] += 1
+    return counts
+
+
+@njit(nogil=True, cache=True)
+def _keys_of_sub_tables(keys, chosen):  # type: ignore[no-untyped-def]
+    out = np.empty(keys.size, np.int64)
+    count = 0
+    for i in range(keys.size):
+        if chosen[np.int64(mix(keys[i]) & _SUB_TABLE_MASK)]:
+            out[count] = keys[i]
+            count += 1
+    return out[:count]
+
+
+@njit(nogil=True, cache=True)
+def _items(addresses, capacities, chosen, sub, slot, keys, rows):  # type: ignore[no-untyped-def]
+    """Copies occupied slots from (sub, slot) on, of ``chosen`` rows, until ``keys`` is full;
+    returns where to go on.
+    """
     count = 0
     while sub < addresses.size:
         slots = carray(int32_pointer(addresses[sub]), (capacities[sub], _SLOT_WORDS))
         while slot < capacities[sub]:
-            if slots[slot, 2] != 0:
+            if slots[slot, 2] != 0 and chosen[slots[slot, 2] - 1]:
                 if count == keys.size:
                     return sub, slot, count
                 keys[count] = _key_of(slots, slot)
@@ -168,43 +186,74 @@ class IdIndex:
 
         Raises:
             CacheError: more than ``max_rows`` keys; nothing was inserted.
+            MemoryError: as ``make_room``.
+        """
+        self.make_room(keys)
+        rows = np.empty(keys.size, np.int32)
+        self._num_rows = _insert(
+            read_only(keys),
+            rows,
+            self._addresses,
+            self._capacities,
+            self._sizes,
+            self._num_rows,
+        )
+        return rows
+
+    def make_room(self, keys: Int64s) -> None:
+        """Takes all the memory that ``insert`` of ``keys`` (M,) needs: after this it cannot fail.
+
+        Raises:
+            CacheError: more than ``max_rows`` keys.
+            MemoryError: there is not enough memory. In either case no key was inserted.
         """
         if self._num_rows + keys.size > self.max_rows:
             self._check_room(keys)
-        keys = read_only(keys)
-        rows = np.empty(keys.size, np.int32)
-        start = 0
-        while True:
-            start, full, self._num_rows = _insert(
-                keys,
-                start,
-                rows,
-                self._addresses,
-                self._capacities,
-                self._sizes,
-                self._num_rows,
-            )
-            if start == keys.size:
-                return rows
-            self._double(full)
+        full = self._too_small_for(keys)
+        if not full.any():
+            return
+        # Keys that occur twice or are known need no room.
+        keys = _keys_of_sub_tables(read_only(keys), full)
+        keys = np.unique(keys[self.lookup(keys) < 0])
+        while (full := self._too_small_for(keys)).any():
+            for sub in np.flatnonzero(full):
+                self._double(int(sub))
 
-    def items(self, chunk_rows: int = 65_536) -> Iterator[tuple[Int64s, Int32s]]:
-        """All (keys, rows) in chunks of at most ``chunk_rows``, in no order; the index must not
-        change meanwhile.
+    def items(
+        self, chunk_rows: int = 65_536, chosen: NDArray[np.bool_] | None = None
+    ) -> Iterator[tuple[Int64s, Int32s]]:
+        """(keys, rows) in chunks of at most ``chunk_rows``, in no order; the index must not change
+        meanwhile.
+
+        Args:
+            chunk_rows: the largest chunk.
+            chosen: (number of keys,), the rows wanted; None for all.
         """
+        chosen = np.ones(len(self), np.bool_) if chosen is None else chosen
         sub, slot = 0, 0
         while sub < _NUM_SUB_TABLES:
             keys = np.empty(chunk_rows, np.int64)
             rows = np.empty(chunk_rows, np.int32)
-            sub, slot, count = _items(self._addresses, self._capacities, sub, slot, keys, rows)
+            sub, slot, count = _items(
+                self._addresses, self._capacities, chosen, sub, slot, keys, rows
+            )
             if count:
                 yield keys[:count], rows[:count]
 
+    def _too_small_for(self, new_keys: Int64s) -> NDArray[np.bool_]:
+        """Which sub-tables would be more than 3/4 full."""
+        sizes = self._sizes + _count_by_sub_table(read_only(new_keys))
+        return 4 * sizes > 3 * self._capacities
+
     def _double(self, sub: int) -> None:
-        self._fine_capacities[sub] *= 2
-        capacity = int(self._fine_capacities[sub])
-        slots = _empty_slots(capacity)
+        fine_capacity = self._fine_capacities[sub] * 2
+        capacity = int(fine_capacity)
+        try:
+            slots = _empty_slots(capacity)
+        except MemoryError as error:
+            raise MemoryError(f"{capacity * _SLOT_WORDS * 4} bytes for the id index") from error
         _rehash(self._sub_tables[sub], slots)
+        self._fine_capacities[sub] = fine_capacity
         self._sub_tables[sub] = slots
         self._addresses[sub] = slots.ctypes.data
         self._capacities[sub] = capacity

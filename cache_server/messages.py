@@ -128,9 +128,59 @@ class Fence:
     def __str__(self) -> str:
         if self.generation < 0:
             return "the shard is empty because a restore was begun and did not finish"
+        if self.generation == 0 and self.received_step < 0:
+            return "generation 0, no write received yet: the shard is empty, as it was created"
         if self.received_step < 0:
             return f"generation {self.generation}, no write received yet"
         return f"generation {self.generation}, writes received through step {self.received_step}"
+
+
+@dataclass(frozen=True, eq=False)
+class BucketDigests:
+    """What a table holds, bucket by bucket; of two shards they add up.
+
+    Args:
+        digests: uint64 (NUM_BUCKETS,), the sum modulo 2^64 of the hashes of the bucket's rows.
+        num_rows: int64 (NUM_BUCKETS,).
+    """
+
+    digests: NDArray[np.uint64]
+    num_rows: NDArray[np.int64]
+
+    def __add__(self, other: BucketDigests) -> BucketDigests:
+        return BucketDigests(self.digests + other.digests, self.num_rows + other.num_rows)
+
+    @property
+    def digest(self) -> int:
+        """That of all rows, in [0, 2^64)."""
+        return int(self.digests.sum(dtype=np.uint64))
+
+    @property
+    def total_rows(self) -> int:
+        """The number of all rows."""
+        return int(self.num_rows.sum())
+
+    def differing(self, other: BucketDigests) -> NDArray[np.int64]:
+        """The buckets (M,), ascending, that hold other rows in ``other``."""
+        differs = (self.digests != other.digests) | (self.num_rows != other.num_rows)
+        return np.flatnonzero(differs)
+
+
+@dataclass(frozen=True, eq=False)
+class ShardDigests:
+    """What one shard holds, taken while nobody wrote to it.
+
+    Args:
+        shard: its number.
+        fence: how far it is.
+        is_cut: whether it holds no write of a step beyond the fence.
+        tables: by the name of the table, the buckets of other shards empty.
+    """
+
+    shard: int
+    fence: Fence
+    is_cut: bool
+    tables: Mapping[str, BucketDigests]
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Shards as Ray actors. The only module of the package that imports Ray.
 
 The driver creates the actors and hands the handles to the workers; each worker makes its own
-``RayTransport`` of them. An actor is never restarted by Ray: it would come back empty and answer as
-if nothing had happened.
+``RayTransport`` of them. Another driver finds named ones with ``find_shard_actors``. An actor is
+never restarted by Ray: it would come back empty and answer as if nothing had happened.
 """
 
 from __future__ import annotations
@@ -13,15 +13,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError, RayTaskError
+from ray.exceptions import (
+    ActorAlreadyExistsError,
+    GetTimeoutError,
+    OutOfMemoryError,
+    RayActorError,
+    RayTaskError,
+)
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from cache_server.errors import CacheTimeoutError, ShardLostError
+from cache_server.errors import CacheError, CacheTimeoutError, ShardLostError
 from cache_server.messages import (
     Fence,
     FetchedRows,
     FetchRequest,
+    ShardDigests,
     ShardStats,
     TableSpec,
     WriteBatch,
@@ -37,6 +44,9 @@ from cache_server.transport import Pending, Reply
 _WRITE_THREADS = 2
 _CONTROL_THREADS = 2
 _FENCE_THREADS = 1
+
+# An actor that was just ended keeps its name until Ray has noticed.
+_NAME_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -54,6 +64,19 @@ class ShardHandles:
     placement_group: Any = None
 
 
+@dataclass(frozen=True)
+class CacheDescription:
+    """What a shard knows of the cache that it is a part of.
+
+    Args:
+        num_shards: the number of shards.
+        tables: what they hold.
+    """
+
+    num_shards: int
+    tables: Mapping[str, TableSpec]
+
+
 class ShardActor:
     """``ShardService`` in a process of its own; only assigns threads to methods."""
 
@@ -61,6 +84,7 @@ class ShardActor:
         self, tables: Mapping[str, TableSpec], shard: int, num_shards: int, block_rows: int
     ) -> None:
         self._name = f"cache shard {shard} of {num_shards}"
+        self._description = CacheDescription(num_shards, tables)
         self._service = ShardService(
             CacheShard(tables, shard=shard, num_shards=num_shards, block_rows=block_rows),
             can_wait=True,
@@ -72,6 +96,10 @@ class ShardActor:
     @ray.method(concurrency_group="fence")
     def fence(self) -> Fence:
         return self._service.fence()
+
+    @ray.method(concurrency_group="fence")
+    def describe(self) -> CacheDescription:
+        return self._description
 
     @ray.method(concurrency_group="fetch")
     def fetch(self, request: FetchRequest, wait_s: float) -> dict[str, FetchedRows]:
@@ -90,25 +118,31 @@ class ShardActor:
         return self._service.digest(wait_s)
 
     @ray.method(concurrency_group="control")
+    def bucket_digests(self, wait_s: float) -> ShardDigests:
+        return self._service.bucket_digests(wait_s)
+
+    @ray.method(concurrency_group="control")
     def stats(self, wait_s: float) -> ShardStats:
         return self._service.stats(wait_s)
 
     @ray.method(concurrency_group="control")
     def snapshot(
-        self, prefix: str, generation: int, step: int | None, wait_s: float
+        self, prefix: str, generation: int, step: int | None, since: int | None, wait_s: float
     ) -> list[SnapshotPart]:
-        return self._service.snapshot(prefix, generation, step, wait_s)
+        return self._service.snapshot(prefix, generation, step, since, wait_s)
 
     @ray.method(concurrency_group="control")
     def restore(
         self,
         prefix: str,
         parts: Sequence[SnapshotPart],
-        generation: int,
-        step: int,
         wait_s: float,
-    ) -> None:
-        self._service.restore(prefix, parts, generation, step, wait_s)
+    ) -> dict[str, int]:
+        return self._service.restore(prefix, parts, wait_s)
+
+    @ray.method(concurrency_group="control")
+    def end_restore(self, generation: int, step: int, wait_s: float) -> None:
+        self._service.end_restore(generation, step, wait_s)
 
 
 def create_shard_actors(
@@ -138,11 +172,13 @@ def create_shard_actors(
         placement_strategy: "SPREAD", "STRICT_SPREAD", "PACK" or "STRICT_PACK" puts the shards in a
             placement group of their own, which needs ``num_cpus`` or ``memory_bytes``; None lets
             Ray place each.
-        name: names the actors ``<name>-0``, ``<name>-1``, ... ; None leaves them without.
+        name: names the actors ``<name>-0``, ``<name>-1``, ... for ``find_shard_actors``; None
+            leaves them without.
         namespace: the Ray namespace of the names.
         timeout_s: the limit for all of them to start.
 
     Raises:
+        CacheError: the name is taken by a cache that is alive.
         CacheTimeoutError: not all shards started in time; those that did are ended again.
         ShardLostError: a shard's process died while starting.
     """
@@ -161,28 +197,92 @@ def create_shard_actors(
             "fence": _FENCE_THREADS,
         }
     )(ShardActor)
-    actors = []
-    for shard in range(num_shards):
-        options: dict[str, Any] = {
-            "num_cpus": num_cpus,
-            "memory": memory_bytes or None,
-            "max_restarts": 0,
-            "max_task_retries": 0,
-        }
-        if name is not None:
-            options |= {"name": f"{name}-{shard}", "namespace": namespace}
-        if group is not None:
-            options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(group, shard)
-        actors.append(
-            remote_class.options(**options).remote(dict(tables), shard, num_shards, block_rows)
-        )
-    handles = ShardHandles(tuple(actors), dict(tables), group)
+    actors: list[Any] = []
     try:
+        for shard in range(num_shards):
+            options: dict[str, Any] = {
+                "num_cpus": num_cpus,
+                "memory": memory_bytes or None,
+                "max_restarts": 0,
+                "max_task_retries": 0,
+            }
+            if name is not None:
+                options |= {"name": _actor_name(name, shard), "namespace": namespace}
+            if group is not None:
+                options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(group, shard)
+            actor_class = remote_class.options(**options)
+            actors.append(_start(actor_class, dict(tables), shard, num_shards, block_rows))
+        handles = ShardHandles(tuple(actors), dict(tables), group)
         _wait_until_started(handles, bundle, deadline, timeout_s)
-    except Exception:
-        destroy_shard_actors(handles)
+    except Exception as error:
+        destroy_shard_actors(ShardHandles(tuple(actors), tables, group))
+        if isinstance(error, ActorAlreadyExistsError):
+            raise CacheError(
+                "A cache of this name is alive already.",
+                where=f"namespace {namespace} of the Ray cluster",
+                got=name,
+                expected="a name that no other cache has",
+                remedy="Stop the other one, or wait until it ended, or take another name.",
+            ) from error
         raise
     return handles
+
+
+def _start(actor_class: Any, *args: object) -> Any:
+    """Starts an actor, once its name is free."""
+    deadline = time.monotonic() + _NAME_TIMEOUT_S
+    while True:
+        try:
+            return actor_class.remote(*args)
+        except ActorAlreadyExistsError:
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(0.2)
+
+
+def find_shard_actors(
+    name: str, *, namespace: str | None = None, timeout_s: float = 10.0
+) -> ShardHandles:
+    """The shards that another process of the Ray cluster created under a name. They end with that
+    process, whoever else holds their handles.
+
+    Args:
+        name, namespace: of ``create_shard_actors``.
+        timeout_s: the limit for all of them to answer.
+
+    Raises:
+        CacheError: no cache of this name is alive.
+        ShardLostError: one of its shards is dead.
+        CacheTimeoutError: a shard does not answer.
+    """
+    deadline = time.monotonic() + timeout_s
+    try:
+        first = ray.get_actor(_actor_name(name, 0), namespace)
+    except ValueError as error:
+        raise CacheError(
+            "No cache of this name is alive.",
+            where=f"namespace {namespace} of the Ray cluster",
+            got=f"no actor {_actor_name(name, 0)}",
+            remedy="Look whether its run is still going on, and on this cluster.",
+        ) from error
+    description: CacheDescription = _answers("describe", [first], name, deadline)[0]
+    actors = [first]
+    for shard in range(1, description.num_shards):
+        try:
+            actors.append(ray.get_actor(_actor_name(name, shard), namespace))
+        except ValueError as error:
+            raise _lost_shard(name, shard, error) from error
+    _answers("fence", actors, name, deadline)
+    return ShardHandles(tuple(actors), description.tables)
+
+
+def is_alive(name: str, namespace: str | None = None) -> bool:
+    """Whether a cache of this name has a shard that is alive."""
+    try:
+        ray.get_actor(_actor_name(name, 0), namespace)
+    except ValueError:
+        return False
+    return True
 
 
 def destroy_shard_actors(handles: ShardHandles) -> None:
@@ -292,3 +392,35 @@ def _wait_until_started(
             expected=f"nodes with {dict(bundle) or 'no reserved resources'} free for each shard",
             remedy="Add nodes, reserve less, or raise the time-out.",
         )
+
+
+def _actor_name(name: str, shard: int) -> str:
+    return f"{name}-{shard}"
+
+
+def _answers(method: str, actors: Sequence[Any], name: str, deadline: float) -> list[Any]:
+    """What each of the shards answers; they are said to be those of the cache ``name``."""
+    transport = RayTransport(ShardHandles(tuple(actors), {}))
+    pendings = [transport.submit(shard, method) for shard in range(len(actors))]
+    replies = transport.wait(pendings, max(0.0, deadline - time.monotonic()))
+    for reply in replies:
+        if isinstance(reply.error, ConnectionError):
+            raise _lost_shard(name, reply.shard, reply.error) from reply.error
+    missing = [reply.shard for reply in replies if reply.error is not None]
+    if missing:
+        raise CacheTimeoutError(
+            "The shards of a cache do not answer.",
+            where=f"cache {name}, shards {missing}",
+            got=f"no answer to {method} in time",
+            remedy="Look at the load of their nodes, or ask again when they have started.",
+        )
+    return [reply.value for reply in replies]
+
+
+def _lost_shard(name: str, shard: int, error: Exception) -> ShardLostError:
+    return ShardLostError(
+        "A shard of a cache is dead.",
+        where=f"cache {name}, shard {shard}",
+        got=error,
+        remedy="Its run cannot go on: resume it from the last checkpoint.",
+    )

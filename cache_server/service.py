@@ -13,7 +13,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from cache_server.errors import CacheError, CacheTimeoutError
-from cache_server.messages import Fence, FetchedRows, FetchRequest, ShardStats, WriteBatch
+from cache_server.messages import (
+    Fence,
+    FetchedRows,
+    FetchRequest,
+    ShardDigests,
+    ShardStats,
+    WriteBatch,
+)
 from cache_server.shard import CacheShard
 from cache_server.snapshot import SnapshotPart, read_snapshot, write_snapshot
 
@@ -63,13 +70,18 @@ class ShardService:
         with self._alone("digest", wait_s):
             return self._shard.digest()
 
+    def bucket_digests(self, wait_s: float) -> ShardDigests:
+        """``CacheShard.bucket_digests``."""
+        with self._alone("digest of the buckets", wait_s):
+            return self._shard.bucket_digests()
+
     def stats(self, wait_s: float) -> ShardStats:
         """``CacheShard.stats``."""
         with self._alone("stats", wait_s):
             return self._shard.stats()
 
     def snapshot(
-        self, prefix: str, generation: int, step: int | None, wait_s: float
+        self, prefix: str, generation: int, step: int | None, since: int | None, wait_s: float
     ) -> list[SnapshotPart]:
         """Writes the shard's tables under ``prefix``; with ``step``, as the cache is when that step
         begins.
@@ -77,7 +89,7 @@ class ShardService:
         Raises:
             CacheTimeoutError: writes of steps before ``step`` did not come within ``wait_s``.
             CacheError: a write of ``step`` or later came before the snapshot: it is no consistent
-                cut.
+                cut; the shard is in another generation; or as ``write_snapshot``.
             SnapshotError: a file cannot be written.
         """
         if step is not None:
@@ -94,26 +106,42 @@ class ShardService:
                     expected=f"generation {generation}, writes through step {step - 1} only",
                     remedy="Let all ranks wait until the snapshot is written.",
                 )
-            return write_snapshot(self._shard, prefix)
+            if generation != self._shard.generation:
+                raise CacheError(
+                    "A snapshot belongs to another generation than the shard.",
+                    where=f"shard {self._shard.shard} of {self._shard.num_shards}",
+                    got=f"generation {generation}",
+                    expected=self._shard.fence,
+                    remedy="Take it with the client that cleared or restored last; a shard that "
+                    "was created anew is empty: restore the last checkpoint.",
+                )
+            return write_snapshot(self._shard, prefix, since)
 
     def restore(
         self,
         prefix: str,
         parts: Sequence[SnapshotPart],
-        generation: int,
-        step: int,
         wait_s: float,
-    ) -> None:
-        """Replaces the tables by the snapshot and begins ``generation`` at ``step``.
+    ) -> dict[str, int]:
+        """Replaces the tables by the snapshot. The shard serves nothing until ``end_restore``, or
+        another restore or a clear.
+
+        Returns:
+            The number of rows, by table.
 
         Raises:
-            SnapshotError: a part cannot be used; the shard is empty and serves nothing until a
-                restore or clear.
+            SnapshotError: a part cannot be used.
+            CacheError: too little memory.
         """
         with self._alone("restore", wait_s):
             self._shard.begin_restore()
             read_snapshot(self._shard, prefix, parts)
-            self._shard.set_fence(generation, step)
+            return {name: len(table) for name, table in self._shard.tables.items()}
+
+    def end_restore(self, generation: int, step: int, wait_s: float) -> None:
+        """``CacheShard.end_restore``."""
+        with self._alone("restore", wait_s):
+            self._shard.end_restore(generation, step)
 
     @contextmanager
     def _reading(self, what: str, request: FetchRequest, wait_s: float) -> Iterator[None]:

@@ -12,17 +12,20 @@ senders did not wait for the fetch: a sender that must not overtake it waits.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 from numba import carray, njit
 
 from cache_server.addresses import int64_pointer, uint64_pointer
+from cache_server.cuts import NO_VERSION, CutLog
 from cache_server.errors import CacheError
 from cache_server.hashing import (
+    NUM_BUCKETS,
     Int32s,
     Int64s,
     UInt64s,
+    bucket_of_hash,
     bucket_range,
     first_outside,
     mix,
@@ -30,9 +33,11 @@ from cache_server.hashing import (
 )
 from cache_server.index import IdIndex
 from cache_server.messages import (
+    BucketDigests,
     Fence,
     FetchedRows,
     FetchRequest,
+    ShardDigests,
     ShardStats,
     TableSpec,
     TableStats,
@@ -48,6 +53,9 @@ DEFAULT_BLOCK_ROWS = 65_536
 _WORD_BYTES = 8
 
 _NEVER_WRITTEN = -1
+
+_RESTORING = -1
+"""No generation has this number."""
 
 _PRIME_1 = np.uint64(0x9FB21C651E98DF25)
 _PRIME_2 = np.uint64(0xD6E8FEB86659FD93)
@@ -85,8 +93,11 @@ def _read_versions(rows, addresses, block_shift):  # type: ignore[no-untyped-def
 
 @njit(nogil=True, cache=True)
 def _write_rows(rows, versions, words, addresses, version_addresses, block_shift):  # type: ignore[no-untyped-def]
+    """Returns the lowest and the highest version stored."""
     block_rows = 1 << block_shift
     num_words = words.shape[1]
+    lowest = np.int64(NO_VERSION)
+    highest = np.int64(_NEVER_WRITTEN)
     for i in range(rows.size):
         row = np.int64(rows[i])
         place = row & (block_rows - 1)
@@ -94,19 +105,33 @@ def _write_rows(rows, versions, words, addresses, version_addresses, block_shift
         if versions[i] <= stored[place]:
             continue
         stored[place] = versions[i]
+        lowest = min(lowest, versions[i])
+        highest = max(highest, versions[i])
         block = carray(uint64_pointer(addresses[row >> block_shift]), (block_rows, num_words))
         for j in range(num_words):
             block[place, j] = words[i, j]
+    return lowest, highest
 
 
 @njit(nogil=True, cache=True)
-def _digest(keys, versions, words):  # type: ignore[no-untyped-def]
-    total = np.uint64(0)
+def _written_since(since, num_rows, version_addresses, block_shift):  # type: ignore[no-untyped-def]
+    block_rows = 1 << block_shift
+    out = np.empty(num_rows, np.bool_)
+    for first in range(0, num_rows, block_rows):
+        block = carray(int64_pointer(version_addresses[first >> block_shift]), (block_rows,))
+        for place in range(min(block_rows, num_rows - first)):
+            out[first + place] = block[place] >= since
+    return out
+
+
+@njit(nogil=True, cache=True)
+def _add_to_buckets(keys, versions, words, digests, num_rows):  # type: ignore[no-untyped-def]
     lanes = np.empty(4, np.uint64)
     for i in range(keys.size):
         # The seed makes equal bytes under other keys or versions another row; four lanes let the
         # multiplications overlap.
-        seed = mix(mix(keys[i]) ^ np.uint64(versions[i]))
+        key_hash = mix(keys[i])
+        seed = mix(key_hash ^ np.uint64(versions[i]))
         for lane in range(4):
             lanes[lane] = seed + np.uint64(lane) * _PRIME_1
         for j in range(words.shape[1]):
@@ -116,20 +141,35 @@ def _digest(keys, versions, words):  # type: ignore[no-untyped-def]
         row_hash = seed
         for lane in range(4):
             row_hash = mix(row_hash ^ lanes[lane])
-        total += row_hash
-    return total
+        bucket = bucket_of_hash(key_hash)
+        digests[bucket] += row_hash
+        num_rows[bucket] += 1
+
+
+def bucket_digests(chunks: Iterable[tuple[Int64s, Int64s, Rows]]) -> BucketDigests:
+    """Per bucket, the sum modulo 2^64 over rows of a hash of (key, version, bytes), and their
+    number: equal for equal contents in any order.
+
+    Args:
+        chunks: keys (M,), distinct over all chunks, versions (M,) and rows (M, D) in the storage
+            type.
+    """
+    digests, num_rows = np.zeros(NUM_BUCKETS, np.uint64), np.zeros(NUM_BUCKETS, np.int64)
+    for keys, versions, rows in chunks:
+        words = read_only(_to_words(rows))
+        _add_to_buckets(read_only(keys), read_only(versions), words, digests, num_rows)
+    return BucketDigests(digests, num_rows)
 
 
 def rows_digest(keys: Int64s, versions: Int64s, rows: Rows) -> int:
-    """The sum modulo 2^64 over rows of a hash of (key, version, bytes): equal for equal contents in
-    any order.
+    """The sum modulo 2^64 of the ``bucket_digests`` of rows: equal for equal contents in any order.
 
     Args:
         keys: (M,), distinct.
         versions: (M,).
         rows: (M, D) in the storage type.
     """
-    return int(_digest(read_only(keys), read_only(versions), read_only(_to_words(rows))))
+    return bucket_digests([(keys, versions, rows)]).digest
 
 
 class CacheTable:
@@ -141,6 +181,8 @@ class CacheTable:
         block_rows: rows in a block, a power of two. A block's memory is committed by the system
             page by page as rows are first written, so a small table costs little.
         max_rows: the largest number of rows.
+        where: what errors call it.
+        cuts: is told the versions that are stored.
     """
 
     def __init__(
@@ -149,6 +191,8 @@ class CacheTable:
         *,
         block_rows: int = DEFAULT_BLOCK_ROWS,
         max_rows: int | None = None,
+        where: str = "",
+        cuts: CutLog | None = None,
     ) -> None:
         if block_rows < 1 or block_rows & (block_rows - 1):
             raise CacheError(
@@ -158,6 +202,8 @@ class CacheTable:
                 expected="a power of two",
             )
         self.spec = spec
+        self._where = where
+        self._cuts = CutLog() if cuts is None else cuts
         self._block_shift = block_rows.bit_length() - 1
         self._num_words = -(-spec.row_bytes // _WORD_BYTES)
         self._index = IdIndex() if max_rows is None else IdIndex(max_rows)
@@ -184,23 +230,53 @@ class CacheTable:
             rows: (M, D) in the storage type.
 
         Raises:
-            CacheError: a wrong shape, type or version, or too many ids; nothing was stored.
+            CacheError: a wrong shape, type or version, too many ids or too little memory; nothing
+                was stored.
         """
-        self.check_write(TableWrite(keys, versions, rows))
+        write = TableWrite(keys, versions, rows)
+        self.check_write(write)
+        self.store(write, self.make_room(keys))
+
+    def make_room(self, keys: Int64s) -> Int32s:
+        """Takes all the memory that a write of ``keys`` (M,) needs.
+
+        Returns:
+            (M,), the row of each key; -1 for those that have none yet.
+
+        Raises:
+            CacheError: too many ids, or too little memory; nothing was changed.
+        """
         row_numbers = self._index.lookup(keys)
-        num_absent = int(np.count_nonzero(row_numbers < 0))
-        if num_absent:
-            # Blocks come first: a row number that the index gives away must never point beyond
-            # them.
-            self._append_blocks(min(len(self) + num_absent, self._index.max_rows))
-            row_numbers = self._index.insert(keys)
-        _write_rows(
-            row_numbers,
-            read_only(versions),
-            read_only(_to_words(rows)),
-            self._addresses,
-            self._version_addresses,
-            self._block_shift,
+        new_keys = keys[row_numbers < 0]
+        if new_keys.size:
+            try:
+                self._append_blocks(min(len(self) + new_keys.size, self._index.max_rows))
+                self._index.make_room(new_keys)
+            except MemoryError as error:
+                raise CacheError(
+                    "A shard has no memory for more rows.",
+                    where=self._where,
+                    got=f"{len(self)} rows in {self.stats().nbytes} bytes, no memory for {error}",
+                    expected=f"room for {new_keys.size} new ids",
+                    remedy="Restore the last checkpoint into more shards, on nodes with more "
+                    "memory; storing float16 or bfloat16 halves the rows of a new run.",
+                ) from error
+        return row_numbers
+
+    def store(self, write: TableWrite, row_numbers: Int32s) -> None:
+        """``write`` that ``check_write`` passed, to the rows of ``make_room``."""
+        is_new = row_numbers < 0
+        if is_new.any():
+            row_numbers[is_new] = self._index.insert(write.keys[is_new])
+        self._cuts.stored(
+            *_write_rows(
+                row_numbers,
+                read_only(write.versions),
+                read_only(_to_words(write.rows)),
+                self._addresses,
+                self._version_addresses,
+                self._block_shift,
+            )
         )
 
     def check_write(self, write: TableWrite) -> None:
@@ -219,11 +295,16 @@ class CacheTable:
                 expected="the position of an event in the total order, at least 0",
             )
 
-    def items(self, chunk_rows: int = 65_536) -> Iterator[tuple[Int64s, Int64s, Rows]]:
-        """All rows as (keys (M,), versions (M,), rows (M, D)), at most ``chunk_rows`` at a time, in
-        no order.
+    def items(
+        self, chunk_rows: int = 65_536, since: int | None = None
+    ) -> Iterator[tuple[Int64s, Int64s, Rows]]:
+        """Rows as (keys (M,), versions (M,), rows (M, D)), at most ``chunk_rows`` at a time, in no
+        order: those with a version of ``since`` or later, or all.
         """
-        for keys, row_numbers in self._index.items(chunk_rows):
+        chosen = None
+        if since is not None:
+            chosen = _written_since(since, len(self), self._version_addresses, self._block_shift)
+        for keys, row_numbers in self._index.items(chunk_rows, chosen):
             versions = _read_versions(
                 read_only(row_numbers), self._version_addresses, self._block_shift
             )
@@ -233,10 +314,11 @@ class CacheTable:
         """``rows_digest`` of the whole table: equal contents have equal digests, however they came
         and lie.
         """
-        total = 0
-        for keys, versions, rows in self.items():
-            total += rows_digest(keys, versions, rows)
-        return total % 2**64
+        return self.bucket_digests().digest
+
+    def bucket_digests(self) -> BucketDigests:
+        """Digest and number of rows of each bucket."""
+        return bucket_digests(self.items())
 
     def stats(self) -> TableStats:
         """Sizes."""
@@ -258,10 +340,13 @@ class CacheTable:
     def _append_blocks(self, num_rows: int) -> None:
         block_rows = 1 << self._block_shift
         while len(self._blocks) * block_rows < num_rows:
-            # zeros, not empty: it costs nothing before the pages are used, and the padding is part
-            # of the digest.
-            self._blocks.append(np.zeros((block_rows, self._num_words), np.uint64))
-            self._version_blocks.append(np.full(block_rows, _NEVER_WRITTEN, np.int64))
+            try:
+                block, version_block = _empty_block(block_rows, self._num_words)
+            except MemoryError as error:
+                wanted = block_rows * (self._num_words + 1) * _WORD_BYTES
+                raise MemoryError(f"{wanted} bytes for a block of {block_rows} rows") from error
+            self._blocks.append(block)
+            self._version_blocks.append(version_block)
         if len(self._blocks) > self._addresses.size:
             self._addresses = _addresses_of(self._blocks)
             self._version_addresses = _addresses_of(self._version_blocks)
@@ -296,7 +381,7 @@ class CacheShard:
         self._early_steps: set[int] = set()
         self._late_messages = 0
         self._repeated_messages = 0
-        self._tables = self._empty_tables()
+        self._empty()
 
     @property
     def tables(self) -> Mapping[str, CacheTable]:
@@ -333,7 +418,7 @@ class CacheShard:
         if generation == self._generation:
             return
         self._check_not_older("clear", generation)
-        self._tables = self._empty_tables()
+        self._empty()
         self.set_fence(generation, step)
 
     def set_fence(self, generation: int, step: int) -> None:
@@ -347,8 +432,8 @@ class CacheShard:
         it.
 
         Raises:
-            CacheError: a later generation, an unknown table, rows of another kind, or a key of
-                another shard's; nothing was stored.
+            CacheError: a later generation, an unknown table, rows of another kind, a key of
+                another shard's, or too little memory; nothing was stored.
         """
         if batch.generation < self._generation:
             self._late_messages += 1
@@ -358,13 +443,18 @@ class CacheShard:
                 "A write belongs to a generation that the shard has not begun.",
                 where=f"shard {self.shard}, step {batch.step}",
                 got=f"generation {batch.generation}",
-                expected=f"generation {self._generation}",
-                remedy="Write only after the client that clears or restores has finished.",
+                expected=self.fence,
+                remedy="Write only after the client that clears or restores has finished; restore "
+                "the last checkpoint if the shard was created anew.",
             )
         for name, write in batch.tables.items():
             self._check_write(batch.step, name, write)
+        # Memory may run out, so all of it is taken before any table is changed.
+        rooms = {
+            name: self._tables[name].make_room(write.keys) for name, write in batch.tables.items()
+        }
         for name, write in batch.tables.items():
-            self._tables[name].write(write.keys, write.versions, write.rows)
+            self._tables[name].store(write, rooms[name])
         self._receive(batch.step)
 
     def is_ready(self, generation: int, step: int) -> bool:
@@ -393,15 +483,42 @@ class CacheShard:
         return {name: self._table(name).fetch(keys) for name, keys in request.keys.items()}
 
     def begin_restore(self) -> None:
-        """Empties the tables and leaves the generation; ``set_fence`` ends the restore. Until then
-        nothing is served.
+        """Empties the tables and leaves the generation; ``end_restore`` ends the restore. Until
+        then nothing is served.
         """
-        self._tables = self._empty_tables()
-        self.set_fence(-1, 0)
+        self._empty()
+        self.set_fence(_RESTORING, 0)
+
+    def end_restore(self, generation: int, step: int) -> None:
+        """Begins ``generation`` at ``step``: the tables hold a snapshot, which the next one may
+        continue from.
+
+        Raises:
+            CacheError: no restore is under way, so nobody knows what the tables hold.
+        """
+        if self._generation != _RESTORING:
+            raise CacheError(
+                "A restore that was not begun cannot end.",
+                where=f"shard {self.shard} of {self.num_shards}",
+                got=self.fence,
+                expected="a restore under way",
+                remedy="Restore all shards again: this one was cleared or created anew meanwhile.",
+            )
+        self.cuts.add()
+        self.set_fence(generation, step)
 
     def digest(self) -> dict[str, int]:
         """The digest of each table; summed over shards modulo 2^64, that of the whole cache."""
         return {name: table.digest() for name, table in self._tables.items()}
+
+    def bucket_digests(self) -> ShardDigests:
+        """Digest and number of rows of each bucket of each table, and how far the shard is."""
+        return ShardDigests(
+            shard=self.shard,
+            fence=self.fence,
+            is_cut=self.is_cut,
+            tables={name: table.bucket_digests() for name, table in self._tables.items()},
+        )
 
     def stats(self) -> ShardStats:
         """Sizes, fence and counts."""
@@ -413,9 +530,16 @@ class CacheShard:
             tables={name: table.stats() for name, table in self._tables.items()},
         )
 
-    def _empty_tables(self) -> dict[str, CacheTable]:
-        return {
-            name: CacheTable(spec, block_rows=self._block_rows) for name, spec in self.specs.items()
+    def _empty(self) -> None:
+        self.cuts = CutLog()
+        self._tables = {
+            name: CacheTable(
+                spec,
+                block_rows=self._block_rows,
+                where=f"shard {self.shard} of {self.num_shards}, table {name}",
+                cuts=self.cuts,
+            )
+            for name, spec in self.specs.items()
         }
 
     def _table(self, name: str) -> CacheTable:
@@ -472,6 +596,13 @@ def _to_words(rows: Rows) -> UInt64s:
     words = np.zeros((num_rows, -(-row_bytes // _WORD_BYTES)), np.uint64)
     words.view(rows.dtype)[:, :width] = rows
     return words
+
+
+def _empty_block(block_rows: int, num_words: int) -> tuple[UInt64s, Int64s]:
+    # zeros, not empty: it costs nothing before the pages are used, and the padding is part of the
+    # digest.
+    rows = np.zeros((block_rows, num_words), np.uint64)
+    return rows, np.full(block_rows, _NEVER_WRITTEN, np.int64)
 
 
 def _addresses_of(blocks: list[UInt64s] | list[Int64s]) -> Int64s:

@@ -19,6 +19,7 @@ from felrec_dist.errors import ConfigError
 from felrec_dist.evaluation.evaluator import EvaluationConfig
 from felrec_dist.model.felrec import ModelConfig
 from felrec_dist.section import Section
+from felrec_dist.training.checkpoint import CheckpointConfig
 from felrec_dist.training.config import TrainingConfig
 from felrec_dist.training.representations import CacheConfig
 
@@ -45,6 +46,9 @@ class ClusterConfig(Section):
     cpus_per_worker: float = Field(1.0, gt=0.0)
     gpus_per_worker: float = Field(0.0, ge=0.0)
     start_timeout_s: float = Field(300.0, gt=0.0, description="limit for shards to come up")
+    max_failures: int = Field(
+        3, ge=0, description="failures without a new checkpoint in between that a run gets over"
+    )
     collective_timeout_s: float = Field(
         1800.0, gt=0.0, description="limit of a rank's wait for the others, a checkpoint included"
     )
@@ -59,6 +63,7 @@ class ExperimentConfig(Section):
     cache: CacheConfig = CacheConfig()
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     cluster: ClusterConfig = ClusterConfig()
 
     @model_validator(mode="after")
@@ -124,16 +129,17 @@ def parse_config(tree: Mapping[str, Any], *, where: str) -> ExperimentConfig:
 
 def with_absolute_paths(config: ExperimentConfig) -> ExperimentConfig:
     """Returns the config with relative local paths made absolute: workers run in other folders."""
-
-    def absolute(url: str) -> str:
-        return url if "://" in url or "::" in url else os.path.abspath(url)
-
     return config.model_copy(
         update={
-            "data": config.data.model_copy(update={"url": absolute(config.data.url)}),
-            "run": config.run.model_copy(update={"url": absolute(config.run.url)}),
+            "data": config.data.model_copy(update={"url": absolute_url(config.data.url)}),
+            "run": config.run.model_copy(update={"url": absolute_url(config.run.url)}),
         }
     )
+
+
+def absolute_url(url: str) -> str:
+    """Returns a relative local path made absolute, and any other URL as it is."""
+    return url if "://" in url or "::" in url else os.path.abspath(url)
 
 
 def dump_config(config: ExperimentConfig) -> str:

@@ -13,11 +13,17 @@
     │   ├── ShardLostError
     │   └── SnapshotError
     ├── DownloadError (OSError)    a public data set that cannot be fetched
+    ├── StorageError (OSError)     a file of a run that cannot be written or read
     └── TrainingError (RuntimeError)
-        └── NonFiniteLossError     the loss is NaN or infinite
+        ├── NonFiniteLossError     the loss is NaN or infinite
+        ├── RunStoppedError        somebody asked the run to stop
+        └── WorkerFailedError      a worker died, or raised what nobody foresaw
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from cache_server.errors import (
     CacheError,
@@ -38,9 +44,12 @@ __all__ = [
     "InputError",
     "NonFiniteLossError",
     "RawDataError",
+    "RunStoppedError",
     "ShardLostError",
     "SnapshotError",
+    "StorageError",
     "TrainingError",
+    "WorkerFailedError",
 ]
 
 
@@ -68,9 +77,42 @@ class DownloadError(FelrecError, OSError):
     """A public data set cannot be fetched, or its content is not what was published."""
 
 
+class StorageError(FelrecError, OSError):
+    """The storage of a run refuses: full, not writable, not reachable."""
+
+
 class TrainingError(FelrecError, RuntimeError):
     """Training cannot go on."""
 
 
 class NonFiniteLossError(TrainingError):
     """The loss of a step is NaN or infinite."""
+
+
+class RunStoppedError(TrainingError):
+    """The run was asked to stop and did, at a step's end."""
+
+
+class WorkerFailedError(TrainingError):
+    """A worker's process died, or raised an error that is none of ours."""
+
+
+@contextmanager
+def storage_errors(what: str, url: str) -> Iterator[None]:
+    """Turns whatever the storage's library raises in the body into a ``StorageError``.
+
+    Args:
+        what: what could not be done, one sentence.
+        url: where.
+    """
+    try:
+        yield
+    except FelrecError:
+        raise
+    except Exception as error:  # each storage has errors of its own
+        raise StorageError(
+            what,
+            where=url,
+            got=f"{type(error).__name__}: {error}",
+            remedy="check the address, the rights, the connection and the free space",
+        ) from error

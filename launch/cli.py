@@ -1,4 +1,4 @@
-"""The command ``felrec``: prepare, download, synthesize, train, evaluate."""
+"""The command ``felrec``: prepare, download, synthesize, train, evaluate, cache."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from felrec_dist.errors import ConfigError, FelrecError
+from felrec_dist.errors import ConfigError, FelrecError, RunStoppedError
+from launch.cache_cli import cache_app
+from launch.stopping import StopRequest, stop_requests
 
 if TYPE_CHECKING:
     from felrec_dist.config import ExperimentConfig
@@ -24,16 +26,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+app.add_typer(cache_app, name="cache")
 
 IdKind = Literal["int", "string"]
 Unit = Literal["s", "ms", "us", "iso"]
-INTERRUPTED = 130
 FAILED = 1
 REPORT_WIDTH = 120
 EXTRA_PACKAGES = {
     "s3fs": "pip install 'felrec-dist[s3]'",
     "gcsfs": "pip install gcsfs",
-    "ray": "pip install 'felrec-dist[ray]', or add --local for one process without it",
+    "ray": "pip install 'felrec-dist[ray]'; to train and evaluate without it, add --local",
 }
 
 
@@ -238,24 +240,28 @@ def train(
         bool, typer.Option("--local", help="one process, the cache in process, no Ray")
     ] = False,
     resume: Annotated[
-        bool, typer.Option("--resume", help="go on from the run's newest checkpoint")
-    ] = False,
+        bool,
+        typer.Option(help="go on from the run's newest checkpoint, or refuse to if there is one"),
+    ] = True,
 ) -> None:
-    """Train, validate after each epoch, and test the best epoch."""
+    """Train, validate after each epoch, and test the best epoch.
+
+    Run again, it goes on from the newest checkpoint of the run's folder.
+    """
     from felrec_dist.config import load_config
     from launch.progress import TerminalProgress
 
     experiment = load_config(config, overrides or [])
     console = Console()
-    with _interruptible(console), TerminalProgress(console) as progress:
+    with _stoppable(console) as should_stop, TerminalProgress(console) as progress:
         if local:
             from launch import local as here
 
-            here.train(experiment, resume=resume, progress=progress)
+            here.train(experiment, resume=resume, progress=progress, should_stop=should_stop)
         else:
             from launch import on_ray
 
-            on_ray.run(experiment, on_ray.Job(resume=resume), progress)
+            on_ray.run(experiment, on_ray.Job(resume=resume), progress, should_stop)
     _print_report(console, experiment, experiment.evaluation.protocol)
     typer.echo(f"run folder: {experiment.run.url}")
     typer.echo(f"TensorBoard: tensorboard --logdir {experiment.run.url}/tensorboard")
@@ -284,16 +290,22 @@ def evaluate(
     experiment = load_config(config, overrides or [])
     chosen = protocol or experiment.evaluation.protocol
     console = Console()
-    with TerminalProgress(console) as progress:
+    with _stoppable(console) as should_stop, TerminalProgress(console) as progress:
         if local:
             from launch import local as here
 
-            here.evaluate(experiment, checkpoint_url=checkpoint, protocol=chosen, progress=progress)
+            here.evaluate(
+                experiment,
+                checkpoint_url=checkpoint,
+                protocol=chosen,
+                progress=progress,
+                should_stop=should_stop,
+            )
         else:
             from launch import on_ray
 
             job = on_ray.Job(checkpoint_url=checkpoint, protocol=chosen)
-            on_ray.run(experiment, job, progress)
+            on_ray.run(experiment, job, progress, should_stop)
     _print_report(console, experiment, chosen)
 
 
@@ -353,13 +365,17 @@ class _Stages:
 
 
 @contextmanager
-def _interruptible(console: Console) -> Iterator[None]:
-    """Says how to go on after Ctrl-C; Typer itself would end without a word."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        console.print("stopped; the last committed checkpoint stays: go on with --resume")
-        raise typer.Exit(INTERRUPTED) from None
+def _stoppable(console: Console) -> Iterator[StopRequest]:
+    """Ends after Ctrl-C and SIGTERM with a word on how to go on; Typer itself would say none."""
+    with stop_requests(console.print) as request:
+        try:
+            yield request
+        except RunStoppedError as error:
+            console.print(f"stopped; {error.got}\n{error.remedy}", highlight=False, soft_wrap=True)
+            raise typer.Exit(request.exit_code) from None
+        except KeyboardInterrupt:
+            console.print("stopped at once; the last committed checkpoint stays")
+            raise typer.Exit(request.exit_code) from None
 
 
 @contextmanager

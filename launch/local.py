@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from cache_server import CacheClient, InProcessTransport
@@ -13,15 +13,28 @@ from felrec_dist.training.trainer import Progress
 from felrec_dist.training.world import World
 
 
-def train(config: ExperimentConfig, *, resume: bool, progress: Progress) -> None:
+def train(
+    config: ExperimentConfig,
+    *,
+    resume: bool,
+    progress: Progress,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> None:
     """Trains and tests in this process."""
     with _client(config) as client:
         world = World.current(resolve_device(config))
-        run_training(config, client, world, resume=resume, progress=progress)
+        run_training(
+            config, client, world, resume=resume, progress=progress, should_stop=should_stop
+        )
 
 
 def evaluate(
-    config: ExperimentConfig, *, checkpoint_url: str, protocol: Protocol, progress: Progress
+    config: ExperimentConfig,
+    *,
+    checkpoint_url: str,
+    protocol: Protocol,
+    progress: Progress,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> None:
     """Tests a checkpoint in this process."""
     with _client(config) as client:
@@ -32,6 +45,7 @@ def evaluate(
             checkpoint_url=checkpoint_url,
             protocol=protocol,
             progress=progress,
+            should_stop=should_stop,
         )
 
 
@@ -41,6 +55,7 @@ def _client(config: ExperimentConfig) -> Iterator[CacheClient]:
         config.cache.tables(config.model.encoder.width),
         num_shards=config.cache.num_shards,
         block_rows=config.cache.block_rows,
+        can_wait=True,
     )
     client = CacheClient(transport, timeout_s=config.cache.timeout_s)
     try:

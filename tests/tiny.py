@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,12 +81,16 @@ def build_client(config: ExperimentConfig) -> CacheClient:
         config.cache.tables(config.model.encoder.width),
         num_shards=config.cache.num_shards,
         block_rows=config.cache.block_rows,
+        can_wait=True,
     )
     return CacheClient(transport, timeout_s=5.0)
 
 
 def build_trainer(
-    config: ExperimentConfig, dataset: PreparedDataset, progress: Progress | None = None
+    config: ExperimentConfig,
+    dataset: PreparedDataset,
+    progress: Progress | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> Trainer:
     """A trainer of one rank with a cache of its own."""
-    return Trainer(config, dataset, build_client(config), World.current(), progress)
+    return Trainer(config, dataset, build_client(config), World.current(), progress, should_stop)

@@ -82,19 +82,3 @@ class HistoryReader:
         ids_BN = neighbours[index_BN]
         ids_BN *= is_valid_BN
         return Histories(ids_BN=ids_BN, lengths_B=lengths_B)
-
-
-def distinct(histories: Histories) -> tuple[Int64s, Int64s]:
-    """The ids that occur in the histories, each once.
-
-    Returns:
-        ids_M: (M,) int64, ascending.
-        slots_BN: (B, N) int64 with ``ids_M[slots_BN] == ids_BN`` in valid slots; padding slots hold
-            0.
-    """
-    num_slots = histories.ids_BN.shape[1]
-    is_valid_BN = np.arange(num_slots) < histories.lengths_B[:, None]
-    ids_M, slots = np.unique(histories.ids_BN[is_valid_BN], return_inverse=True)
-    slots_BN = np.zeros(histories.ids_BN.shape, dtype=np.int64)
-    slots_BN[is_valid_BN] = slots
-    return ids_M, slots_BN

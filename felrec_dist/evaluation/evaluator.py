@@ -14,7 +14,7 @@ Shape legend: B events of a batch, b of this rank's slice, D width, M negatives.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -24,8 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from felrec_dist.data.dataset import PreparedDataset, Span
-from felrec_dist.data.histories import HistoryReader
-from felrec_dist.data.stream import EventBatch, EventStream, slice_bounds
+from felrec_dist.data.stream import EventBatch, EventStream
 from felrec_dist.errors import TrainingError
 from felrec_dist.evaluation.candidates import Ballot, CandidateMatrix
 from felrec_dist.evaluation.counts import RankCounts
@@ -39,6 +38,7 @@ from felrec_dist.model.felrec import FELRec
 from felrec_dist.section import Section
 from felrec_dist.training.clock import PhaseClock
 from felrec_dist.training.exchange import Exchange
+from felrec_dist.training.loader import BatchLoader, LoadedBatch
 from felrec_dist.training.representations import ITEM, Representations
 
 Protocol = Literal["causal", "released"]
@@ -63,7 +63,7 @@ class Evaluator:
         dataset: PreparedDataset,
         batch_size: int,
         model: FELRec,
-        histories: HistoryReader,
+        loader: BatchLoader,
         representations: Representations,
         exchange: Exchange,
         clock: PhaseClock,
@@ -72,7 +72,7 @@ class Evaluator:
         self.dataset = dataset
         self.batch_size = batch_size
         self.model = model
-        self.histories = histories
+        self.loader = loader
         self.representations = representations
         self.exchange = exchange
         self.clock = clock
@@ -123,45 +123,50 @@ class Evaluator:
         counts: dict[Protocol, list[RankCounts]] = {protocol: [] for protocol in protocols}
         batches: list[EventBatch] = []
 
-        for batch in self._batches(span):
-            user_BD, item_BD = self._represent(batch, step)
-            if "causal" in counts:
-                ballot = self._ballot(
-                    batch,
-                    user_BD,
-                    num_seen,
-                    draw_without_replacement(
-                        batch_generator(self.config.seed, batch.first_position),
+        stream = EventStream(self.dataset, span, self.batch_size)
+        with self.loader.batches(stream, step) as loaded_batches:
+            for loaded in loaded_batches:
+                batch = loaded.batch
+                user_BD, item_BD = self._represent(loaded)
+                if "causal" in counts:
+                    ballot = self._ballot(
+                        batch,
+                        user_BD,
                         num_seen,
-                        batch.item_index,
-                        self.config.num_negatives,
-                    ),
-                    absent_is_zero=False,
-                )
-                counts["causal"].append(self._count(ballot, candidates))
+                        draw_without_replacement(
+                            batch_generator(self.config.seed, batch.first_position),
+                            num_seen,
+                            batch.item_index,
+                            self.config.num_negatives,
+                        ),
+                        absent_is_zero=False,
+                    )
+                    counts["causal"].append(self._count(ballot, candidates))
 
-            with self.clock("write_back"):
-                user_BD, item_BD = self.representations.write_back(step, batch, user_BD, item_BD)
-                candidates.update(batch.item_index, item_BD)
-            num_seen = max(num_seen, int(batch.item_index.max()) + 1)
+                with self.clock("write_back"):
+                    user_BD, item_BD = self.representations.write_back(
+                        loaded.step, batch, user_BD, item_BD
+                    )
+                    candidates.update(batch.item_index, item_BD)
+                num_seen = max(num_seen, int(batch.item_index.max()) + 1)
 
-            if "released" in counts:
-                ballot = self._ballot(
-                    batch,
-                    user_BD[_last_of_same(batch.user)],
-                    num_seen,
-                    draw_with_replacement(
-                        batch_generator(self.config.seed, batch.first_position),
+                if "released" in counts:
+                    ballot = self._ballot(
+                        batch,
+                        user_BD[_last_of_same(batch.user)],
                         num_seen,
-                        len(batch),
-                        self.config.num_negatives,
-                    ),
-                    absent_is_zero=True,
-                )
-                counts["released"].append(self._count(ballot, candidates))
-            batches.append(batch)
-            step += 1
-            on_batch(len(batch))
+                        draw_with_replacement(
+                            batch_generator(self.config.seed, batch.first_position),
+                            num_seen,
+                            len(batch),
+                            self.config.num_negatives,
+                        ),
+                        absent_is_zero=True,
+                    )
+                    counts["released"].append(self._count(ballot, candidates))
+                batches.append(batch)
+                step = loaded.step + 1
+                on_batch(len(batch))
 
         results = {
             protocol: PartResult.of(
@@ -176,17 +181,11 @@ class Evaluator:
         }
         return results, step
 
-    def _batches(self, span: Span) -> Iterator[EventBatch]:
-        for batch, _ in EventStream(self.dataset, span, self.batch_size).batches():
-            yield batch
-
-    def _represent(self, batch: EventBatch, step: int) -> tuple[Tensor, Tensor]:
+    def _represent(self, loaded: LoadedBatch) -> tuple[Tensor, Tensor]:
         """Returns the representations of the whole batch, (B, D) each; nothing is written."""
-        mine = batch.slice(*slice_bounds(len(batch), self.world.rank, self.world.world_size))
-        with self.clock("histories"):
-            items_of_users, users_of_items = self.histories.read(mine)
-        with self.clock("fetch"):
-            inputs = self.representations.fetch(step, mine, items_of_users, users_of_items)
+        batch = loaded.batch
+        with self.clock("rows"):
+            inputs = self.representations.take(loaded.rows)
         with self.clock("encode"):
             representations = self.model.represent(inputs)
         with self.clock("exchange"):

@@ -1,6 +1,6 @@
 """The history encoder shared by users and items (FELRec paper, section 4.1).
 
-Shape legend: B batch, N history length, S slots (S <= N), D width, H heads.
+Shape legend: B batch, N history length, S slots (S <= N), R rows of all slots, D width, H heads.
 
 Slot 0 of a history is the *most recent* neighbour, slot j the j-th most recent. A history shorter
 than N is closed by one empty slot (a zero vector), which is attended to and pooled like any other:
@@ -17,6 +17,8 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from felrec_dist.model.dropout import EventDropout
+from felrec_dist.model.packing import Group, Packing
 from felrec_dist.section import Section
 
 
@@ -48,40 +50,52 @@ class SelfAttention(nn.Module):
         self.value = nn.Linear(width, width, bias=False)
         self.output = nn.Linear(width, width, bias=False)
 
-    def forward(self, x_BSD: Tensor, is_slot_BS: Tensor) -> Tensor:
-        def split_heads(x: Tensor) -> Tensor:  # (B, S, D) -> (B, H, S, D / H)
-            head_width = x.shape[-1] // self.num_heads
-            return x.view(*x.shape[:-1], self.num_heads, head_width).transpose(1, 2)
+    def forward(self, x_RD: Tensor, packing: Packing) -> Tensor:
+        query_RD, key_RD, value_RD = self.query(x_RD), self.key(x_RD), self.value(x_RD)
+        attended = []
+        first = 0
+        for group in packing.groups:
+            stop = first + group.num_histories * group.num_slots
+            is_slot_BS = packing.is_slot_R[first:stop].view(group.num_histories, -1)
+            attended_BHSd = F.scaled_dot_product_attention(
+                self._heads(query_RD[first:stop], group),
+                self._heads(key_RD[first:stop], group),
+                self._heads(value_RD[first:stop], group),
+                attn_mask=is_slot_BS[:, None, None, :] if group.is_padded else None,
+            )
+            attended.append(attended_BHSd.transpose(1, 2).reshape(stop - first, -1))
+            first = stop
+        # A rank's slice may be empty, and have no group.
+        return cast(Tensor, self.output(torch.cat(attended) if attended else value_RD))
 
-        attended_BHSd = F.scaled_dot_product_attention(
-            split_heads(self.query(x_BSD)),
-            split_heads(self.key(x_BSD)),
-            split_heads(self.value(x_BSD)),
-            attn_mask=is_slot_BS[:, None, None, :],
-        )
-        return cast(Tensor, self.output(attended_BHSd.transpose(1, 2).flatten(-2)))
+    def _heads(self, rows_RD: Tensor, group: Group) -> Tensor:
+        """Returns a view of a group's rows, (B, H, S, D / H)."""
+        shape = (group.num_histories, group.num_slots, self.num_heads, -1)
+        return rows_RD.view(shape).transpose(1, 2)
 
 
 class EncoderBlock(nn.Module):
     """A post-norm Transformer block."""
 
-    def __init__(self, config: EncoderConfig) -> None:
+    def __init__(self, config: EncoderConfig, layer: int) -> None:
         super().__init__()
         self.attention = SelfAttention(config.width, config.num_heads)
         self.attention_norm = nn.LayerNorm(config.width)
         self.feedforward_in = nn.Linear(config.width, config.feedforward_width)
         self.feedforward_out = nn.Linear(config.feedforward_width, config.width)
         self.feedforward_norm = nn.LayerNorm(config.width)
-        self.dropout = nn.Dropout(config.dropout)
+        # Place 0 is the encoder's input.
+        self.attention_dropout = EventDropout(config.dropout, place=3 * layer + 1)
+        self.hidden_dropout = EventDropout(config.dropout, place=3 * layer + 2)
+        self.feedforward_dropout = EventDropout(config.dropout, place=3 * layer + 3)
 
-    def forward(self, x_BSD: Tensor, is_slot_BS: Tensor) -> Tensor:
-        attended_BSD = self.attention(x_BSD, is_slot_BS)
-        x_BSD = self.attention_norm(x_BSD + self.dropout(attended_BSD))
-        hidden_BSF = self.dropout(F.relu(self.feedforward_in(x_BSD)))
-        return cast(
-            Tensor,
-            self.feedforward_norm(x_BSD + self.dropout(self.feedforward_out(hidden_BSF))),
-        )
+    def forward(self, x_RD: Tensor, packing: Packing, keys_R: Tensor | None) -> Tensor:
+        slot_R = packing.slot_R
+        attended_RD = self.attention(x_RD, packing)
+        x_RD = self.attention_norm(x_RD + self.attention_dropout(attended_RD, keys_R, slot_R))
+        hidden_RF = self.hidden_dropout(F.relu(self.feedforward_in(x_RD)), keys_R, slot_R)
+        update_RD = self.feedforward_dropout(self.feedforward_out(hidden_RF), keys_R, slot_R)
+        return cast(Tensor, self.feedforward_norm(x_RD + update_RD))
 
 
 class HistoryEncoder(nn.Module):
@@ -97,16 +111,19 @@ class HistoryEncoder(nn.Module):
         positions_ND = sinusoidal_positions(config.history_length, config.width)
         self.register_buffer("positions_ND", positions_ND, persistent=False)
         self.input_norm = nn.LayerNorm(config.width)
-        self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(EncoderBlock(config) for _ in range(config.num_layers))
+        self.input_dropout = EventDropout(config.dropout, place=0)
+        self.blocks = nn.ModuleList(
+            EncoderBlock(config, layer) for layer in range(config.num_layers)
+        )
         self.output = nn.Linear(config.width, config.width)
 
     def forward(
         self,
         history_BSD: Tensor,
-        lengths_B: Tensor,
+        packing: Packing,
         type_D: Tensor,
         empty_BD: Tensor | None = None,
+        dropout_keys_B: Tensor | None = None,
     ) -> Tensor:
         """Returns representations (B, D), unnormalised.
 
@@ -114,27 +131,40 @@ class HistoryEncoder(nn.Module):
             history_BSD: cached representations, most recent first; S is at least the longest
                 history's number of slots, ``min(length + 1, N)``. What stands beyond a history's
                 length is ignored.
-            lengths_B: number of neighbours of each history, 0..N.
+            packing: of the histories' lengths.
             type_D: embedding of the type (user or item) of the ids in the histories.
             empty_BD: what fills the empty slot; None for the paper's zero vector.
+            dropout_keys_B: keys of the events' masks, needed in training with dropout.
         """
         num_slots = history_BSD.shape[1]
-        slot_S = torch.arange(num_slots, device=history_BSD.device)
-        is_neighbour_BS = slot_S < lengths_B[:, None]
-        num_used_B = (lengths_B + 1).clamp(max=self.history_length)
-        is_slot_BS = slot_S < num_used_B[:, None]
-
-        x_BSD = torch.where(is_neighbour_BS[..., None], history_BSD, 0.0)
+        history_R, slot_R = packing.history_R, packing.slot_R
+        x_RD = history_BSD.flatten(0, 1).index_select(0, history_R * num_slots + slot_R)
+        x_RD = torch.where(packing.is_neighbour_R[:, None], x_RD, 0.0)
         if empty_BD is not None:
-            is_empty_BS = is_slot_BS & ~is_neighbour_BS
-            x_BSD = torch.where(is_empty_BS[..., None], empty_BD[:, None, :], x_BSD)
-        x_BSD = x_BSD + type_D
-        x_BSD = self.scale * x_BSD + self.positions_ND[:num_slots].to(x_BSD.dtype)
-        x_BSD = self.input_norm(self.dropout(x_BSD))
+            is_empty_R = packing.is_slot_R & ~packing.is_neighbour_R
+            x_RD = torch.where(is_empty_R[:, None], empty_BD.index_select(0, history_R), x_RD)
+        keys_R = None if dropout_keys_B is None else dropout_keys_B.index_select(0, history_R)
+        x_RD = self.scale * (x_RD + type_D)
+        x_RD = x_RD + self.positions_ND.to(x_RD.dtype).index_select(0, slot_R)
+        x_RD = self.input_norm(self.input_dropout(x_RD, keys_R, slot_R))
         for block in self.blocks:
-            x_BSD = block(x_BSD, is_slot_BS)
-        pooled_BD = torch.where(is_slot_BS[..., None], x_BSD, 0.0).sum(dim=1) / num_used_B[:, None]
+            x_RD = block(x_RD, packing, keys_R)
+        pooled_BD = _pool(x_RD, packing).index_select(0, packing.place_B)
         return cast(Tensor, self.output(pooled_BD))
+
+
+def _pool(x_RD: Tensor, packing: Packing) -> Tensor:
+    """Returns the mean over each history's slots (B, D), in the order of the groups."""
+    sums = []
+    first = 0
+    for group in packing.groups:
+        stop = first + group.num_histories * group.num_slots
+        x_group = x_RD[first:stop]
+        if group.is_padded:
+            x_group = torch.where(packing.is_slot_R[first:stop, None], x_group, 0.0)
+        sums.append(x_group.view(group.num_histories, group.num_slots, -1).sum(dim=1))
+        first = stop
+    return (torch.cat(sums) if sums else x_RD) / packing.num_used_B[:, None]
 
 
 def sinusoidal_positions(num_positions: int, width: int) -> Tensor:

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, cast
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from torch.nn import functional as F
 from felrec_dist.model.batchnorm import WholeBatchNorm
 from felrec_dist.model.collective import gather_ranks, rank
 from felrec_dist.model.encoder import EncoderConfig, HistoryEncoder
+from felrec_dist.model.packing import Packing, pack
 from felrec_dist.model.queue import ProjectionQueue
 from felrec_dist.section import Section
 
@@ -52,18 +54,20 @@ class EncoderInputs:
 
     Attributes:
         items_of_users_BSD: representations of each event's user's recent items, most recent first.
-        user_lengths_B: number of items in each user history, int64, 0..N.
+        users: the lengths of the user histories, as groups.
         users_of_items_BSD: representations of each event's item's recent users.
-        item_lengths_B: number of users in each item history.
+        items: the lengths of the item histories.
         user_identity_BD, item_identity_BD: what fills the empty slots; None for zero.
+        dropout_keys_2B: of ``dropout_keys``, the users' and the items'; None outside of training.
     """
 
     items_of_users_BSD: Tensor
-    user_lengths_B: Tensor
+    users: Packing
     users_of_items_BSD: Tensor
-    item_lengths_B: Tensor
+    items: Packing
     user_identity_BD: Tensor | None = None
     item_identity_BD: Tensor | None = None
+    dropout_keys_2B: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -102,17 +106,20 @@ class FELRec(nn.Module):
 
     def represent(self, inputs: EncoderInputs) -> tuple[Tensor, Tensor]:
         """Returns the representations of the events' users and items, (B, D) each."""
+        keys_2B = inputs.dropout_keys_2B
         user_BD = self.encoder(
             inputs.items_of_users_BSD,
-            inputs.user_lengths_B,
+            inputs.users,
             self.item_type_embedding,
             inputs.user_identity_BD,
+            None if keys_2B is None else keys_2B[0],
         )
         item_BD = self.encoder(
             inputs.users_of_items_BSD,
-            inputs.item_lengths_B,
+            inputs.items,
             self.user_type_embedding,
             inputs.item_identity_BD,
+            None if keys_2B is None else keys_2B[1],
         )
         return user_BD, item_BD
 
@@ -127,8 +134,9 @@ class FELRec(nn.Module):
         num_encoded = num_items if identity_MD is not None else 1
         width = self.user_type_embedding.shape[0]
         empty_M1D = self.user_type_embedding.new_zeros(num_encoded, 1, width)
-        length_M = torch.zeros(num_encoded, dtype=torch.int64, device=empty_M1D.device)
-        encoded_MD = self.encoder(empty_M1D, length_M, self.user_type_embedding, identity_MD)
+        lengths_M = np.zeros(num_encoded, dtype=np.int64)
+        packing = pack(lengths_M, self.encoder.history_length, 0).to(empty_M1D.device)
+        encoded_MD = self.encoder(empty_M1D, packing, self.user_type_embedding, identity_MD)
         return cast(Tensor, encoded_MD.expand(num_items, width))
 
     def push_queues(self, *projections_BD: Tensor) -> None:

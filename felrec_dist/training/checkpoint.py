@@ -1,41 +1,65 @@
-"""Checkpoints: one consistent cut of a run at the end of an epoch, on any fsspec URL.
+"""Checkpoints: consistent cuts of a run between two steps, on any fsspec URL.
 
 ::
 
-    <run>/checkpoints/epoch-0003/model.safetensors       parameters, queues, running statistics
-                                 optimizer.safetensors   momentum of each parameter
-                                 cache/*.arrow           a snapshot of each shard and table
-                                 manifest.json           written last: it makes the rest valid
+    <run>/checkpoints/epoch-0003/                    after the epoch's validation
+                          model.safetensors          parameters, queues, running statistics
+                          optimizer.safetensors      momentum of each parameter
+                          losses.safetensors         of the epoch's steps
+                          cache/*.arrow              a snapshot of each shard and table
+                          manifest.json              written last: it makes the rest valid
+                      epoch-0004-step-00000200/      after 200 training steps of the next epoch
 
 The manifest lists size and SHA-256 of each dense file and the parts of the snapshot, and holds the
-config, the digest of the data set, the position of the run, and a SHA-256 of itself. Random states
-are not stored because none outlive a step: each step seeds its own stream from (seed, epoch, step,
-rank). Nothing is pickled.
+config, the digest of the data set, the position of the run, the metrics of all validations, and a
+SHA-256 of itself. Within an epoch a snapshot may hold only what was written since the cut before:
+then the manifest also names the parts of earlier checkpoints that it goes on from, and they stay as
+long as it does. Random states are not stored because there are none: dropout is a function of the
+event. Nothing is pickled.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import posixpath
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence, Set
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import fsspec
 import safetensors.torch
+import torch
+from pydantic import Field
 from safetensors import SafetensorError
 from torch import Tensor
 
 from cache_server import SnapshotPart
-from felrec_dist.errors import CheckpointError
+from felrec_dist.errors import CheckpointError, storage_errors
+from felrec_dist.section import Section
 
 FORMAT = "felrec-dist checkpoint"
-VERSION = 1
+VERSION = 2
 MANIFEST = "manifest.json"
 CACHE_FOLDER = "cache"
-_FOLDER = re.compile(r"epoch-(\d{4,})")
+_FOLDER = re.compile(r"epoch-(\d{4,})(?:-step-(\d{8,}))?")
+_PART = re.compile(r"[\w.-]+/cache/[\w.-]+")
 _GO_BACK = "remove this checkpoint and go back to an earlier one"
+
+# A chain's deltas hold at most as many rows as its full snapshot, and its files stay few to open.
+_MAX_CUTS_IN_CHAIN = 100
+
+
+class CheckpointConfig(Section):
+    """When checkpoints are taken, beside those at the end of each epoch."""
+
+    every_steps: int | None = Field(
+        None, ge=1, description="also after every so many training steps of an epoch"
+    )
+    keep: int = Field(2, ge=1, description="the newest so many stay, and the best epoch")
+    on_stop: bool = Field(True, description="take one when the run is asked to stop in training")
 
 
 @dataclass(frozen=True)
@@ -48,38 +72,93 @@ class BestEpoch:
 
 @dataclass(frozen=True)
 class RunPosition:
-    """How far a run has come.
+    """Where a run stands at a cut.
 
     Attributes:
-        epochs_done: epochs trained and validated.
+        epoch: the epoch, from 0.
+        steps: training steps of it that are done.
+        is_validated: whether the epoch is over, trained and validated.
         global_step: training steps of all epochs.
-        cache_step: step of the cache's life that comes next, after the validation.
-        training_loss: mean total loss of the epoch just done.
-        best: the best epoch, this one included.
+        cache_step: step of the cache's life that comes next.
+        next_position: position of the next event; the cache holds what all earlier ones wrote.
+        best: the best epoch so far; None before the first validation.
     """
 
-    epochs_done: int
+    epoch: int
+    steps: int
+    is_validated: bool
     global_step: int
     cache_step: int
-    training_loss: float
-    best: BestEpoch
+    next_position: int
+    best: BestEpoch | None
+
+    @property
+    def name(self) -> str:
+        """The checkpoint's folder."""
+        whole = f"epoch-{self.epoch:04d}"
+        return whole if self.is_validated else f"{whole}-step-{self.steps:08d}"
+
+    @property
+    def first_epoch(self) -> int:
+        """The epoch that a run goes on with."""
+        return self.epoch + self.is_validated
+
+
+@dataclass(frozen=True)
+class SnapshotChain:
+    """What a cut's cache is made of: a full snapshot and what was written since, oldest first.
+
+    Attributes:
+        parts: their paths begin at the folder of all checkpoints.
+        next_position: the first position whose event wrote nothing to it.
+    """
+
+    parts: tuple[SnapshotPart, ...]
+    next_position: int
+
+    @property
+    def wants_full(self) -> bool:
+        """Whether the next snapshot should be a full one again."""
+        written_since = sum(part.num_rows for part in self.parts if part.since is not None)
+        in_full = sum(part.num_rows for part in self.parts if part.since is None)
+        num_cuts = len({part.since for part in self.parts})
+        return written_since >= in_full or num_cuts >= _MAX_CUTS_IN_CHAIN
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint, verified; the cache's rows stay in storage, and are verified when restored."""
+    """A checkpoint, verified; the cache's rows stay in storage, and are verified when restored.
+
+    Attributes:
+        url: its folder.
+        position: of the run.
+        config: as plain values.
+        dataset_digest: of the data set.
+        validation: metrics of each epoch's validation, as JSON.
+        model, optimizer: by name.
+        losses_n2: of the epoch's n steps so far, user and item branch, float64.
+        chain: the cache.
+    """
 
     url: str
     position: RunPosition
     config: dict[str, Any]
     dataset_digest: str
+    validation: list[Any]
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor]
-    cache_parts: list[SnapshotPart]
+    losses_n2: Tensor
+    chain: SnapshotChain
 
     @property
     def cache_prefix(self) -> str:
-        return f"{self.url}/{CACHE_FOLDER}"
+        """Where the paths of the chain's parts begin."""
+        return self.url.rpartition("/")[0]
+
+    @property
+    def training_loss(self) -> float:
+        """Mean total loss of the epoch's steps so far."""
+        return float(self.losses_n2.sum(dim=1).mean())
 
 
 class CheckpointStore:
@@ -89,91 +168,160 @@ class CheckpointStore:
         self.url = f"{run_url.rstrip('/')}/checkpoints"
 
     def epoch_url(self, epoch: int) -> str:
-        """Returns the folder of the checkpoint taken after an epoch, counted from 0."""
+        """Returns the folder of the checkpoint taken after an epoch's validation."""
         return f"{self.url}/epoch-{epoch:04d}"
 
-    def begin(self, epoch: int) -> str:
+    def begin(self, position: RunPosition) -> str:
         """Clears what a killed run may have left of this checkpoint and returns its folder.
 
         The cache's snapshot goes to ``<folder>/cache``; ``commit`` then makes the checkpoint valid.
+
+        Raises:
+            StorageError: the folder cannot be made.
         """
-        url = self.epoch_url(epoch)
-        fs, path = fsspec.core.url_to_fs(url)
-        if fs.exists(path):
-            _remove(fs, path)
-        fs.makedirs(f"{path}/{CACHE_FOLDER}", exist_ok=True)
+        url = f"{self.url}/{position.name}"
+        with storage_errors("a checkpoint cannot be begun", url):
+            fs, path = fsspec.core.url_to_fs(url)
+            if fs.exists(path):
+                _remove(fs, path)
+            fs.makedirs(f"{path}/{CACHE_FOLDER}", exist_ok=True)
         return url
 
     def commit(
         self,
-        epoch: int,
-        *,
         position: RunPosition,
+        *,
         config: Mapping[str, Any],
         dataset_digest: str,
-        model: Mapping[str, Tensor],
-        optimizer: Mapping[str, Tensor],
-        cache_parts: list[SnapshotPart],
+        validation: Sequence[Any],
+        tensors: Mapping[str, Mapping[str, Tensor]],
+        chain: SnapshotChain,
     ) -> None:
-        """Writes the dense state, then the manifest."""
-        fs, path = fsspec.core.url_to_fs(self.epoch_url(epoch))
-        files = []
-        for name, tensors in (("model", model), ("optimizer", optimizer)):
-            content = safetensors.torch.save(
-                {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-            )
-            file = f"{name}.safetensors"
-            fs.pipe_file(f"{path}/{file}", content)
-            files.append(
-                {
-                    "path": file,
-                    "bytes": len(content),
-                    "sha256": hashlib.sha256(content).hexdigest(),
-                }
-            )
-        manifest = {
-            "format": FORMAT,
-            "version": VERSION,
-            "position": asdict(position),
-            "config": dict(config),
-            "dataset_digest": dataset_digest,
-            "files": files,
-            "cache_parts": [asdict(part) for part in cache_parts],
-        }
-        manifest["sha256"] = _sha256_of(manifest)
-        content = json.dumps(manifest, indent=1).encode()
-        # One call writes the whole object; local files are moved into place: no half is ever seen.
-        with fs.transaction:
-            with fs.open(f"{path}/{MANIFEST}", "wb") as stream:
-                stream.write(content)
+        """Writes the dense state, then the manifest.
+
+        Args:
+            position: of ``begin``.
+            config, dataset_digest, validation, chain: as in ``Checkpoint``.
+            tensors: of ``model``, ``optimizer`` and ``losses``.
+
+        Raises:
+            StorageError: a file cannot be written; there is no such checkpoint then.
+        """
+        url = f"{self.url}/{position.name}"
+        with storage_errors("a checkpoint cannot be written", url):
+            fs, path = fsspec.core.url_to_fs(url)
+            files = []
+            for name, by_name in tensors.items():
+                content = safetensors.torch.save(
+                    {key: tensor.detach().cpu().contiguous() for key, tensor in by_name.items()}
+                )
+                file = f"{name}.safetensors"
+                fs.pipe_file(f"{path}/{file}", content)
+                digest = hashlib.sha256(content).hexdigest()
+                files.append({"path": file, "bytes": len(content), "sha256": digest})
+            manifest = {
+                "format": FORMAT,
+                "version": VERSION,
+                "position": asdict(position),
+                "config": dict(config),
+                "dataset_digest": dataset_digest,
+                "validation": list(validation),
+                "files": files,
+                "cache_parts": [
+                    asdict(part) | {"path": posixpath.relpath(part.path, position.name)}
+                    for part in chain.parts
+                ],
+            }
+            manifest["sha256"] = _sha256_of(manifest)
+            content = json.dumps(manifest, indent=1).encode()
+            # One call writes the whole object; local files are moved into place: no half is seen.
+            with fs.transaction:
+                with fs.open(f"{path}/{MANIFEST}", "wb") as stream:
+                    stream.write(content)
+
+    def discard(self, position: RunPosition) -> None:
+        """Removes, as far as the storage lets it, what a checkpoint left that was not committed."""
+        with suppress(Exception):  # the error that made it fail says more
+            fs, path = fsspec.core.url_to_fs(f"{self.url}/{position.name}")
+            if not fs.exists(f"{path}/{MANIFEST}"):
+                _remove(fs, path)
 
     def latest(self) -> str | None:
-        """Returns the folder of the newest committed checkpoint; None where there is none."""
+        """Returns the folder of the newest committed checkpoint; None where there is none.
+
+        Raises:
+            StorageError: the run's folder cannot be read.
+        """
+        with storage_errors("the checkpoints of a run cannot be listed", self.url):
+            committed = self._committed()
+        return f"{self.url}/{committed[-1]}" if committed else None
+
+    def keep(self, num_newest: int, best: BestEpoch | None) -> None:
+        """Removes all checkpoints but the newest and the best, and the parts no one names any more.
+
+        Raises:
+            StorageError: the storage refuses.
+        """
+        with storage_errors("old checkpoints cannot be removed", self.url):
+            fs, path = fsspec.core.url_to_fs(self.url)
+            committed = self._committed()
+            kept = set(committed[-num_newest:])
+            if best is not None:
+                kept |= {f"epoch-{best.epoch:04d}"}.intersection(committed)
+            named = {
+                part.path
+                for name in kept
+                for part in _chain(_read_manifest(f"{self.url}/{name}"), name).parts
+            }
+            for name in _folders(fs, path) - kept:
+                _remove(fs, f"{path}/{name}", named=named)
+
+    def _committed(self) -> list[str]:
+        """The names of all checkpoints that have a manifest, oldest first."""
         fs, path = fsspec.core.url_to_fs(self.url)
         fs.invalidate_cache()
         if not fs.exists(path):
-            return None
-        for epoch in sorted(_epochs_in(fs, path), reverse=True):
-            url = self.epoch_url(epoch)
-            if fs.exists(f"{path}/{url.rsplit('/', 1)[-1]}/{MANIFEST}"):
-                return url
-        return None
-
-    def keep(self, epochs: set[int]) -> None:
-        """Removes the checkpoints of all other epochs, their manifests first."""
-        fs, path = fsspec.core.url_to_fs(self.url)
-        for epoch in _epochs_in(fs, path) - epochs:
-            _remove(fs, f"{path}/{self.epoch_url(epoch).rsplit('/', 1)[-1]}")
+            return []
+        names = sorted(_folders(fs, path), key=_order)
+        return [name for name in names if fs.exists(f"{path}/{name}/{MANIFEST}")]
 
 
-def read_checkpoint(url: str) -> Checkpoint:
+def read_checkpoint(url: str, *, with_dense: bool = True) -> Checkpoint:
     """Reads and verifies a checkpoint's manifest and dense state.
+
+    Args:
+        url: the checkpoint's folder.
+        with_dense: whether to read model, optimizer and losses; without, they are empty.
 
     Raises:
         CheckpointError: there is none, it was not committed, it is of another version, or a file
             differs from what the manifest says.
     """
     url = url.rstrip("/")
+    manifest = _read_manifest(url)
+    fs, path = fsspec.core.url_to_fs(url)
+    try:
+        files = manifest["files"] if with_dense else []
+        dense = {file["path"]: _read_dense(fs, path, url, file) for file in files}
+        position = dict(manifest["position"])
+        best = position.pop("best")
+        return Checkpoint(
+            url=url,
+            position=RunPosition(**position, best=None if best is None else BestEpoch(**best)),
+            config=manifest["config"],
+            dataset_digest=manifest["dataset_digest"],
+            validation=manifest["validation"],
+            model=dense["model.safetensors"] if with_dense else {},
+            optimizer=dense["optimizer.safetensors"] if with_dense else {},
+            losses_n2=dense["losses.safetensors"]["losses_n2"] if with_dense else torch.empty(0, 2),
+            chain=_chain(manifest, url.rpartition("/")[2]),
+        )
+    except (KeyError, TypeError) as error:
+        raise _damaged_manifest(url, f"{type(error).__name__}: {error}") from error
+
+
+def _read_manifest(url: str) -> dict[str, Any]:
+    """Returns a manifest, verified."""
     fs, path = fsspec.core.url_to_fs(url)
     fs.invalidate_cache()
     try:
@@ -207,20 +355,19 @@ def read_checkpoint(url: str) -> Checkpoint:
     found = _sha256_of(manifest)
     if manifest.get("sha256") != found:
         raise _damaged_manifest(url, f"SHA-256 {found}, not the one it states")
-    try:
-        dense = {file["path"]: _read_dense(fs, path, url, file) for file in manifest["files"]}
-        position = dict(manifest["position"])
-        return Checkpoint(
-            url=url,
-            position=RunPosition(**{**position, "best": BestEpoch(**position["best"])}),
-            config=manifest["config"],
-            dataset_digest=manifest["dataset_digest"],
-            model=dense["model.safetensors"],
-            optimizer=dense["optimizer.safetensors"],
-            cache_parts=[SnapshotPart(**part) for part in manifest["cache_parts"]],
-        )
-    except (KeyError, TypeError) as error:
-        raise _damaged_manifest(url, f"{type(error).__name__}: {error}") from error
+    return manifest
+
+
+def _chain(manifest: Mapping[str, Any], name: str) -> SnapshotChain:
+    """Returns the chain of the checkpoint of that name, with paths from the folder of all."""
+    parts = []
+    for facts in manifest["cache_parts"]:
+        path = posixpath.normpath(posixpath.join(name, facts["path"]))
+        # A manifest must not lead out of the checkpoints' folder.
+        if not _PART.fullmatch(path):
+            raise KeyError(f"cache part {facts['path']!r}")
+        parts.append(SnapshotPart(**{**facts, "path": path}))
+    return SnapshotChain(tuple(parts), manifest["position"]["next_position"])
 
 
 def _damaged_manifest(url: str, got: object) -> CheckpointError:
@@ -238,18 +385,36 @@ def _sha256_of(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def _epochs_in(fs: Any, path: str) -> set[int]:
-    """Returns the epochs that have a folder, committed or not; other names are not ours."""
-    names = (name.rstrip("/").rsplit("/", 1)[-1] for name in fs.ls(path, detail=False))
-    matches = (_FOLDER.fullmatch(name) for name in names)
-    return {int(match[1]) for match in matches if match}
+def _folders(fs: Any, path: str) -> set[str]:
+    """Returns the names of all checkpoint folders, committed or not; other names are not ours."""
+    names = {name.rstrip("/").rpartition("/")[2] for name in fs.ls(path, detail=False)}
+    return {name for name in names if _FOLDER.fullmatch(name)}
 
 
-def _remove(fs: Any, path: str) -> None:
-    """Removes a checkpoint, the manifest first: a half-removed one must not look whole."""
+def _order(name: str) -> tuple[int, float]:
+    """Epoch, then step; the end of an epoch comes after all of its steps."""
+    match = _FOLDER.fullmatch(name)
+    assert match is not None
+    return int(match[1]), float(match[2] or "inf")
+
+
+def _remove(fs: Any, path: str, named: Set[str] = frozenset()) -> None:
+    """Removes a checkpoint, the manifest first: a half-removed one must not look whole.
+
+    Args:
+        fs, path: its folder.
+        named: parts that other checkpoints need, from the folder of all checkpoints; they stay.
+    """
     if fs.exists(f"{path}/{MANIFEST}"):
         fs.rm(f"{path}/{MANIFEST}")
-    fs.rm(path, recursive=True)
+    name = path.rpartition("/")[2]
+    files = {file: f"{name}/{file[len(path) :].lstrip('/')}" for file in fs.find(path)}
+    if named.isdisjoint(files.values()):
+        fs.rm(path, recursive=True)
+        return
+    for file, part in files.items():
+        if part not in named:
+            fs.rm(file)
 
 
 def _read_dense(fs: Any, path: str, url: str, file: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -6,7 +6,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-PHASES = ("data", "histories", "fetch", "encode", "backward", "exchange", "write_back", "score")
+STEP_PHASES = ("wait", "rows", "encode", "backward", "exchange", "write_back", "score")
+LOADER_PHASES = ("data", "histories", "fetch")
 
 
 class PhaseClock:
@@ -16,8 +17,9 @@ class PhaseClock:
     may be waited for in a later one.
     """
 
-    def __init__(self) -> None:
-        self._seconds = dict.fromkeys(PHASES, 0.0)
+    def __init__(self, phases: tuple[str, ...] = STEP_PHASES) -> None:
+        self._phases = phases
+        self._seconds = dict.fromkeys(phases, 0.0)
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
@@ -29,5 +31,5 @@ class PhaseClock:
 
     def take(self) -> dict[str, float]:
         """Returns the seconds of each phase and starts anew."""
-        taken, self._seconds = self._seconds, dict.fromkeys(PHASES, 0.0)
+        taken, self._seconds = self._seconds, dict.fromkeys(self._phases, 0.0)
         return taken

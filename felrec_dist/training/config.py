@@ -21,7 +21,9 @@ class TrainingConfig(Section):
     optimizer: Literal["sgd", "adam"] = "sgd"
     momentum: float = Field(0.9, ge=0.0, lt=1.0, description="SGD only")
     grad_clip_value: float = Field(1.0, gt=0.0, description="each gradient element is clipped")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(
+        0, ge=0, lt=2**63, description="of the initial weights and queues, and of dropout"
+    )
     dtype: Literal["float32", "float64"] = Field(
         "float32", description="of the model and of what the ranks exchange"
     )

@@ -82,6 +82,12 @@ class Exchange:
                 "compare hardware and library versions of the nodes of these ranks",
             )
 
+    def any(self, flag: bool) -> bool:
+        """Returns whether any rank's flag is set."""
+        if self.world.world_size == 1:
+            return flag
+        return bool(self.sum(torch.tensor([flag], dtype=torch.int64, device=self.world.device)))
+
     def sum(self, x: Tensor) -> Tensor:
         """Returns the sum of every rank's x; x may be overwritten."""
         if self.world.world_size > 1:

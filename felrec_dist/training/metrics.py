@@ -37,9 +37,14 @@ class RunLog:
         gradient_norm: float,
         events_per_s: float,
         phase_seconds: Mapping[str, float],
-        distinct_share: float,
+        loader_seconds: Mapping[str, float],
+        num_steps: int,
+        hit_rate: float,
     ) -> None:
-        """Logs means over the steps since the last call."""
+        """Logs means over the steps since the last call.
+
+        ``wait`` is the trainer's wait for data and rows; the loader's phases run beside the others.
+        """
         scalars = {
             "loss/total": user_loss + item_loss,
             "loss/user": user_loss,
@@ -47,7 +52,7 @@ class RunLog:
             "optimizer/learning_rate": learning_rate,
             "optimizer/gradient_norm": gradient_norm,
             "speed/train(events per s)": events_per_s,
-            "cache/distinct_ids(share of ids read)": distinct_share,
+            "cache/hot_tier_hits(%)": 100.0 * hit_rate,
         }
         if chance_loss is not None:
             scalars["loss/user_below_chance(nats)"] = chance_loss - user_loss
@@ -56,6 +61,8 @@ class RunLog:
         for phase, seconds in phase_seconds.items():
             if phase != "score":  # a phase of evaluation
                 scalars[f"time_share/{phase}(%)"] = 100.0 * seconds / max(total, 1e-9)
+        for phase, seconds in loader_seconds.items():
+            scalars[f"loader/{phase}(ms per step)"] = 1000.0 * seconds / num_steps
         self._write(scalars, global_step)
 
     def cache(self, global_step: int, shards: Sequence[ShardStats]) -> None:

@@ -5,6 +5,8 @@ Shape legend: b events of this rank, B events of the batch, S slots, D width, M 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -15,11 +17,14 @@ from torch import Tensor
 
 from cache_server import CacheClient, FetchedRows, TableSpec
 from cache_server.shard import DEFAULT_BLOCK_ROWS
-from felrec_dist.data.histories import Histories, distinct
+from felrec_dist.data.histories import Histories
 from felrec_dist.data.stream import EventBatch
 from felrec_dist.model.felrec import EncoderInputs
 from felrec_dist.model.identity import identity_rows
+from felrec_dist.model.packing import PADDED_ROWS_PER_GROUP, Packing, pack
 from felrec_dist.section import Section
+from felrec_dist.training.hot_tier import HotTier, SlotPlan
+from felrec_dist.training.row_writer import RowWrite, RowWriter
 
 USER, ITEM = "user", "item"
 SALTS = {USER: 0, ITEM: 1}
@@ -39,6 +44,11 @@ class CacheConfig(Section):
     block_rows: int = Field(
         DEFAULT_BLOCK_ROWS, ge=1, description="rows by which a shard's table grows; a power of two"
     )
+    hot_rows: int = Field(
+        1_000_000,
+        ge=0,
+        description="rows of each side kept on the trainer's device, recently used ones first",
+    )
     timeout_s: float = Field(60.0, gt=0.0, description="limit of each wait for a shard")
 
     @field_validator("block_rows")
@@ -53,8 +63,31 @@ class CacheConfig(Section):
         return {side: TableSpec(width=width, storage=self.storage) for side in (USER, ITEM)}
 
 
+@dataclass(frozen=True)
+class PlannedRows:
+    """The rows that a step reads of a slice of the batch, found or on their way from the shards.
+
+    Attributes:
+        step: the step that reads.
+        batch: this rank's events.
+        packings: the lengths of the histories as groups, by the side of the ids in them.
+        plans: where the rows are, by side.
+        fetched: those that were missing in the hot tier, by side.
+    """
+
+    step: int
+    batch: EventBatch
+    packings: Mapping[str, Packing]
+    plans: Mapping[str, SlotPlan]
+    fetched: Mapping[str, FetchedRows]
+
+
 class Representations:
-    """Fetches the rows of histories, and writes back those of a batch."""
+    """Reads the rows of histories, and writes back those of a batch.
+
+    Rows are planned ahead of their step by the loader's thread, and sent to the shards by a thread
+    of their own; in between, the hot tier and the shards' fence keep every read exact.
+    """
 
     def __init__(
         self,
@@ -66,6 +99,7 @@ class Representations:
         empty_slot: Literal["zero", "identity"],
         absent_row: Literal["zero", "identity"],
         written_shards: tuple[int, ...],
+        hot_rows: int,
     ) -> None:
         """
         Args:
@@ -75,6 +109,7 @@ class Representations:
             device: device of the model.
             empty_slot, absent_row: of ``ModelConfig``.
             written_shards: the shards whose single writer this rank is.
+            hot_rows: rows of each side kept on the device.
         """
         self.client = client
         self.storage = storage
@@ -83,43 +118,124 @@ class Representations:
         self.empty_slot = empty_slot
         self.absent_row = absent_row
         self.written_shards = written_shards
-        self.num_read = 0
-        self.num_distinct = 0
+        self.tiers = {
+            side: HotTier(client.tables[side].width, hot_rows, dtype=dtype, device=device)
+            for side in (USER, ITEM)
+        }
+        # A client is not for several threads at once.
+        self._fetching = client.sibling()
+        self._writer = RowWriter(client.sibling(), written_shards)
+        self._num_distinct = 0
+        self._num_missing = 0
 
-    def fetch(
+    def begin(self, generation: int, step: int) -> None:
+        """Follows a ``clear`` or ``restore`` of the cache; ``step`` is the next one."""
+        self._writer.flush()
+        for client in (self.client, self._fetching, self._writer.client):
+            client.begin_generation(generation)
+        for tier in self.tiers.values():
+            tier.clear(step)
+
+    def flush(self) -> None:
+        """Waits until the shards have acknowledged every write."""
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Ends the writing thread; what it has not sent is lost."""
+        self._writer.close()
+
+    def plan(
         self, step: int, batch: EventBatch, items_of_users: Histories, users_of_items: Histories
-    ) -> EncoderInputs:
-        """Returns the representations of the histories' ids as they were when ``step`` began.
+    ) -> PlannedRows:
+        """Finds the rows of the histories' ids as they will be when ``step`` begins.
 
-        An id the cache has never seen reads as zero, unless ``absent_row`` says otherwise. Only
-        distinct ids travel.
+        Only ids that the hot tier does not hold travel, each once. For another thread than the
+        one that calls the rest.
 
         Args:
-            step: the step that reads.
+            step: the step that will read; steps come in order.
             batch: this rank's events.
             items_of_users, users_of_items: their histories.
         """
-        item_ids_M, item_slots_bN = distinct(items_of_users)
-        user_ids_M, user_slots_bN = distinct(users_of_items)
-        self.num_read += int(items_of_users.lengths_B.sum() + users_of_items.lengths_B.sum())
-        self.num_distinct += len(item_ids_M) + len(user_ids_M)
-        rows = self.client.fetch(step, {ITEM: item_ids_M, USER: user_ids_M})
+        histories = {ITEM: items_of_users, USER: users_of_items}
+        plans = {
+            side: self.tiers[side].plan(step, h.ids_BN, h.lengths_B)
+            for side, h in histories.items()
+        }
+        # Both tiers see all write-backs from this step on.
+        applied_step = max(plan.applied_step for plan in plans.values())
+        fetched = self._fetching.fetch(
+            applied_step, {side: plan.missing_ids for side, plan in plans.items()}
+        )
+        padded_rows = PADDED_ROWS_PER_GROUP[self.device.type]
+        packings = {
+            side: pack(h.lengths_B, h.ids_BN.shape[1], padded_rows) for side, h in histories.items()
+        }
+        return PlannedRows(step, batch, packings, plans, fetched)
+
+    def take(self, planned: PlannedRows) -> EncoderInputs:
+        """Returns the representations of the histories as they are when the step begins.
+
+        An id the cache has never seen reads as zero, unless ``absent_row`` says otherwise. Plans
+        are taken in the order in which they were made.
+        """
+        rows, packings = {}, {}
+        for side, tier in self.tiers.items():
+            plan = planned.plans[side]
+            tier.fill(plan, self._rows_of(side, plan.missing_ids, planned.fetched[side]))
+            rows[side] = tier.read(self._to_device(plan.slots_BS))
+            tier.release(planned.step)
+            packings[side] = planned.packings[side].to(self.device)
+            self._num_distinct += plan.num_distinct
+            self._num_missing += len(plan.missing_ids)
         return EncoderInputs(
-            items_of_users_BSD=self._spread(
-                self._rows_of(ITEM, item_ids_M, rows[ITEM]), item_slots_bN, items_of_users
-            ),
-            user_lengths_B=torch.from_numpy(items_of_users.lengths_B).to(self.device),
-            users_of_items_BSD=self._spread(
-                self._rows_of(USER, user_ids_M, rows[USER]), user_slots_bN, users_of_items
-            ),
-            item_lengths_B=torch.from_numpy(users_of_items.lengths_B).to(self.device),
-            user_identity_BD=self.empty_slots(USER, batch.user),
-            item_identity_BD=self.empty_slots(ITEM, batch.item),
+            items_of_users_BSD=rows[ITEM],
+            users=packings[ITEM],
+            users_of_items_BSD=rows[USER],
+            items=packings[USER],
+            user_identity_BD=self.empty_slots(USER, planned.batch.user),
+            item_identity_BD=self.empty_slots(ITEM, planned.batch.item),
         )
 
     def empty_slots(self, side: str, ids_M: npt.NDArray[np.int64]) -> Tensor | None:
         """Returns what fills the empty slots of entities (M, D); None for zero."""
         return self._identity(side, ids_M) if self.empty_slot == "identity" else None
+
+    def take_hit_rate(self) -> float:
+        """Returns the share of distinct ids that the hot tier held, since the last call."""
+        rate = 1.0 - self._num_missing / max(1, self._num_distinct)
+        self._num_distinct = self._num_missing = 0
+        return rate
+
+    def fetch_items(self, step: int, ids_M: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        """Returns the representations (M, D) of items and which of them the cache knows (M,)."""
+        self._writer.flush()
+        rows = self.client.fetch(step, {ITEM: ids_M})[ITEM]
+        return (
+            torch.from_numpy(rows.rows).to(self.device, self.dtype),
+            torch.from_numpy(rows.found).to(self.device),
+        )
+
+    def write_back(
+        self, step: int, batch: EventBatch, user_BD: Tensor, item_BD: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Writes the whole batch's representations: of an id's events in it, the last one wins.
+
+        Every rank calls this with the same batch; each sends to the shards it is the writer of, in
+        the background. Returns the representations (B, D) as a later read will give them, rounded
+        to the storage type.
+        """
+        stored = {USER: user_BD.to(self.storage), ITEM: item_BD.to(self.storage)}
+        rounded = {side: rows_BD.to(self.dtype) for side, rows_BD in stored.items()}
+        writes = {}
+        for side, ids_B in ((USER, batch.user), (ITEM, batch.item)):
+            last_M = last_events(ids_B)
+            chosen_M = self._to_device(last_M)
+            self.tiers[side].write(step, ids_B[last_M], rounded[side].index_select(0, chosen_M))
+            rows_MD = stored[side].index_select(0, chosen_M)
+            writes[side] = RowWrite(ids_B[last_M], batch.positions[last_M], rows_MD)
+        self._writer.write(step, writes)
+        return rounded[USER], rounded[ITEM]
 
     def _identity(self, side: str, ids_M: npt.NDArray[np.int64]) -> Tensor:
         width = self.client.tables[side].width
@@ -133,57 +249,8 @@ class Representations:
             rows_MD[absent] = self._identity(side, ids_M[~fetched.found])
         return rows_MD
 
-    def _spread(
-        self,
-        rows_MD: Tensor,
-        slots_bN: npt.NDArray[np.int64],
-        histories: Histories,
-    ) -> Tensor:
-        """Returns (b, S, D): S is as small as the longest history of the slice allows."""
-        num_slots = min(slots_bN.shape[1], int(histories.lengths_B.max(initial=0)) + 1)
-        if len(rows_MD) == 0:  # no history in the whole slice
-            return rows_MD.new_zeros(len(slots_bN), num_slots, rows_MD.shape[1])
-        return rows_MD[torch.from_numpy(slots_bN[:, :num_slots]).to(self.device)]
-
-    def fetch_items(self, step: int, ids_M: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        """Returns the representations (M, D) of items and which of them the cache knows (M,)."""
-        rows = self.client.fetch(step, {ITEM: ids_M})[ITEM]
-        return (
-            torch.from_numpy(rows.rows).to(self.device, self.dtype),
-            torch.from_numpy(rows.found).to(self.device),
-        )
-
-    def write_back(
-        self, step: int, batch: EventBatch, user_BD: Tensor, item_BD: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Writes the whole batch's representations: of an id's events in it, the last one wins.
-
-        Every rank calls this with the same batch; each sends to the shards it is the writer of.
-        Returns the representations (B, D) as a later fetch will read them, rounded to the storage
-        type.
-        """
-        stored_user_BD = user_BD.to(self.storage)
-        stored_item_BD = item_BD.to(self.storage)
-        self.client.write_back(
-            step,
-            {
-                USER: self._last_rows(batch.user, batch.positions, stored_user_BD),
-                ITEM: self._last_rows(batch.item, batch.positions, stored_item_BD),
-            },
-            shards=self.written_shards,
-        )
-        return stored_user_BD.to(self.dtype), stored_item_BD.to(self.dtype)
-
-    def _last_rows(
-        self,
-        ids_B: npt.NDArray[np.int64],
-        positions_B: npt.NDArray[np.int64],
-        rows_BD: Tensor,
-    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.floating]]:
-        last = last_events(ids_B)
-        # NumPy has no bfloat16; the client stores the value again, which is exact.
-        widened = rows_BD.float() if rows_BD.dtype == torch.bfloat16 else rows_BD
-        return ids_B[last], positions_B[last], widened.cpu().numpy()[last]
+    def _to_device(self, array: npt.NDArray[np.integer]) -> Tensor:
+        return torch.from_numpy(array).to(self.device)
 
 
 def last_events(ids_B: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -97,11 +97,13 @@ def run_training(
     *,
     resume: bool,
     progress: Progress | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> RunResult:
     """Trains, tests the best epoch, and leaves the report in the run's folder."""
     dataset = PreparedDataset.open(config.data.url)
     _check_parts(dataset)
-    result = Trainer(config, dataset, client, world, progress).fit(resume=resume)
+    with Trainer(config, dataset, client, world, progress, should_stop) as trainer:
+        result = trainer.fit(resume=resume)
     if world.is_first:
         _write_report(
             config,
@@ -125,13 +127,14 @@ def run_evaluation(
     checkpoint_url: str,
     protocol: Protocol,
     progress: Progress | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> PartResult:
     """Tests a checkpoint and leaves the report in the run's folder."""
     dataset = PreparedDataset.open(config.data.url)
     _check_parts(dataset)
     checkpoint = read_checkpoint(checkpoint_url)
-    trainer = Trainer(config, dataset, client, world, progress)
-    result = trainer.test(checkpoint, protocol)
+    with Trainer(config, dataset, client, world, progress, should_stop) as trainer:
+        result = trainer.test(checkpoint, protocol)
     if world.is_first:
         _write_report(
             config,
@@ -139,8 +142,8 @@ def run_evaluation(
             result,
             protocol,
             checkpoint_url=checkpoint.url,
-            epoch=checkpoint.position.epochs_done - 1,
-            training_loss=checkpoint.position.training_loss,
+            epoch=checkpoint.position.epoch,
+            training_loss=checkpoint.training_loss,
             chance_loss=trainer.chance_loss,
         )
     world.barrier()

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import nn
 
-from felrec_dist.data.histories import HistoryReader
-from felrec_dist.data.stream import EventBatch, slice_bounds
+from felrec_dist.model.dropout import dropout_keys
 from felrec_dist.model.felrec import EncoderInputs, FELRec, ModelOutput
 from felrec_dist.training.clock import PhaseClock
 from felrec_dist.training.exchange import Exchange
+from felrec_dist.training.loader import LoadedBatch
 from felrec_dist.training.representations import Representations
 
 
@@ -25,7 +26,7 @@ class TrainingStep:
         forward: Callable[[EncoderInputs], ModelOutput],
         optimizer: torch.optim.Optimizer,
         grad_clip_value: float,
-        histories: HistoryReader,
+        seed: int,
         representations: Representations,
         exchange: Exchange,
         clock: PhaseClock,
@@ -35,24 +36,24 @@ class TrainingStep:
         self.forward = forward
         self.optimizer = optimizer
         self.grad_clip_value = grad_clip_value
-        self.histories = histories
+        self.seed = seed
         self.representations = representations
         self.exchange = exchange
         self.clock = clock
         self.world = exchange.world
 
-    def __call__(self, batch: EventBatch, step: int, learning_rate: float) -> ModelOutput:
+    def __call__(self, loaded: LoadedBatch, epoch: int, learning_rate: float) -> ModelOutput:
         """Trains on the batch and returns this rank's part of the output.
 
-        Its losses are means over this rank's slice.
+        The loader has read its events, cut their histories and fetched their rows. The losses are
+        means over this rank's slice.
         """
-        mine = batch.slice(*slice_bounds(len(batch), self.world.rank, self.world.world_size))
-        with self.clock("histories"):
-            items_of_users, users_of_items = self.histories.read(mine)
-        with self.clock("fetch"):
-            inputs = self.representations.fetch(step, mine, items_of_users, users_of_items)
+        batch, mine = loaded.batch, loaded.mine
+        with self.clock("rows"):
+            inputs = self.representations.take(loaded.rows)
         with self.clock("encode"):
-            output = self.forward(inputs)
+            keys_2B = dropout_keys(self.seed, epoch, mine.positions).to(self.world.device)
+            output = self.forward(replace(inputs, dropout_keys_2B=keys_2B))
         with self.clock("backward"):
             self.optimizer.zero_grad()
             output.loss.backward()
@@ -65,6 +66,6 @@ class TrainingStep:
                 output.exchanged(), len(batch)
             )
         with self.clock("write_back"):
-            self.representations.write_back(step, batch, user_BD, item_BD)
+            self.representations.write_back(loaded.step, batch, user_BD, item_BD)
             self.model.push_queues(*projections)
         return output

@@ -6,14 +6,12 @@ does.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, Self
 
 import fsspec
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -22,11 +20,23 @@ from cache_server import CacheClient
 from felrec_dist.config import ExperimentConfig, dump_config
 from felrec_dist.data.dataset import PreparedDataset, Span
 from felrec_dist.data.histories import HistoryReader
-from felrec_dist.data.stream import EventBatch, EventStream, whole_batches
-from felrec_dist.errors import CheckpointError, ConfigError, NonFiniteLossError
+from felrec_dist.data.stream import EventStream, StreamPosition, whole_batches
+from felrec_dist.errors import (
+    CheckpointError,
+    ConfigError,
+    FelrecError,
+    NonFiniteLossError,
+    RunStoppedError,
+    storage_errors,
+)
 from felrec_dist.evaluation.evaluator import Evaluator
 from felrec_dist.evaluation.evaluator import Protocol as EvaluationProtocol
-from felrec_dist.evaluation.result import Metrics, PartResult
+from felrec_dist.evaluation.result import (
+    Metrics,
+    PartResult,
+    metrics_from_json,
+    metrics_to_json,
+)
 from felrec_dist.model.felrec import EncoderInputs, ModelOutput, build_model
 from felrec_dist.training.checkpoint import (
     CACHE_FOLDER,
@@ -34,16 +44,23 @@ from felrec_dist.training.checkpoint import (
     Checkpoint,
     CheckpointStore,
     RunPosition,
+    SnapshotChain,
     read_checkpoint,
 )
-from felrec_dist.training.clock import PhaseClock
+from felrec_dist.training.clock import LOADER_PHASES, PhaseClock
 from felrec_dist.training.config import DTYPES
 from felrec_dist.training.exchange import Exchange
+from felrec_dist.training.loader import BatchLoader
+from felrec_dist.training.meter import EpochLosses, StepMeter
 from felrec_dist.training.metrics import RunLog
 from felrec_dist.training.representations import STORAGE_DTYPES, Representations
 from felrec_dist.training.schedule import learning_rate
 from felrec_dist.training.step import TrainingStep
 from felrec_dist.training.world import World
+
+# Ranks that are asked to stop must agree on a step. That costs a small collective, and on a GPU a
+# wait of the host for the device; there, steps are short.
+STEPS_BETWEEN_STOP_CHECKS = {"cpu": 1, "cuda": 10}
 
 
 class Progress(Protocol):
@@ -73,28 +90,13 @@ class NoProgress:
 
 
 @dataclass(frozen=True)
-class EpochLosses:
-    """The whole batch's losses of each step of an epoch, equal on all ranks.
-
-    Both are (steps,) float64.
-    """
-
-    user: npt.NDArray[np.float64]
-    item: npt.NDArray[np.float64]
-
-    @property
-    def total(self) -> npt.NDArray[np.float64]:
-        return self.user + self.item
-
-
-@dataclass(frozen=True)
 class RunResult:
     """How a run ended.
 
     Attributes:
         best: the epoch that was tested.
         checkpoint_url: its checkpoint.
-        validation: metrics of the validation of each epoch of this process, by partition.
+        validation: metrics of the validation of each epoch, by partition.
         test: the test of the best epoch.
         training_loss: mean total loss of that epoch.
         chance_loss: the total loss when all logits are equal; None where there is no such value.
@@ -118,13 +120,24 @@ class Trainer:
         client: CacheClient,
         world: World,
         progress: Progress | None = None,
+        should_stop: Callable[[], bool] = lambda: False,
     ) -> None:
+        """
+        Args:
+            config, dataset, client, world: of the run.
+            progress: who watches; only the first rank reports.
+            should_stop: whether somebody asked this rank to stop; the run then stops on all ranks.
+        """
         _check_fits(config, dataset, world)
         self.config = config
         self.dataset = dataset
         self.client = client
         self.world = world
         self.progress = progress if progress is not None and world.is_first else NoProgress()
+        self.should_stop = should_stop
+        self.best: BestEpoch | None = None
+        self.validation: list[dict[str, Metrics]] = []
+        self._chain: SnapshotChain | None = None
         self.train_span = whole_batches(dataset.split.train, config.data.batch_size)
         self.store = CheckpointStore(config.run.url)
         self.clock = PhaseClock()
@@ -148,14 +161,17 @@ class Trainer:
             empty_slot=config.model.empty_slot,
             absent_row=config.model.absent_row,
             written_shards=tuple(range(world.rank, config.cache.num_shards, world.world_size)),
+            hot_rows=config.cache.hot_rows,
         )
+        self.loader_clock = PhaseClock(LOADER_PHASES)
+        self.loader = BatchLoader(histories, self.representations, world, self.loader_clock)
         self.exchange = Exchange(world)
         self.step = TrainingStep(
             model=self.model,
             forward=self.forward,
             optimizer=self.optimizer,
             grad_clip_value=config.training.grad_clip_value,
-            histories=histories,
+            seed=config.training.seed,
             representations=self.representations,
             exchange=self.exchange,
             clock=self.clock,
@@ -165,11 +181,18 @@ class Trainer:
             dataset=dataset,
             batch_size=config.data.batch_size,
             model=self.model,
-            histories=histories,
+            loader=self.loader,
             representations=self.representations,
             exchange=self.exchange,
             clock=self.clock,
         )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Ends the threads; the cache belongs to whoever made it."""
+        self.representations.close()
 
     def fit(self, *, resume: bool = False) -> RunResult:
         """Trains to the last epoch and tests the best one.
@@ -177,53 +200,69 @@ class Trainer:
         Args:
             resume: go on from the newest checkpoint of the run's folder, if there is one. Without
                 it the folder must hold no checkpoint.
+
+        Raises:
+            RunStoppedError: ``should_stop`` said so on some rank.
         """
         config = self.config
-        position = self._start(resume)
+        start = self._start(resume)
         log = RunLog(
             config.run.url,
             is_writer=self.world.is_first,
-            steps_done=position.global_step if position else 0,
+            steps_done=start.position.global_step if start else 0,
         )
         try:
-            validation: list[dict[str, Metrics]] = []
             num_epochs = config.training.schedule.epochs
-            for epoch in range(position.epochs_done if position else 0, num_epochs):
+            for epoch in range(start.position.first_epoch if start else 0, num_epochs):
                 stage = f"epoch {epoch + 1}/{num_epochs}"
-                losses = self.train_epoch(epoch, log, stage)
+                done = None
+                if start and start.position.epoch == epoch:
+                    user_n, item_n = start.losses_n2.numpy().T
+                    done = EpochLosses(user_n, item_n)
+                losses = self.train_epoch(epoch, log, stage, done)
                 global_step = (epoch + 1) * self.steps_per_epoch
                 log.cache(global_step, self.client.stats() if self.world.is_first else [])
                 result, cache_step = self.evaluate(
                     self.dataset.split.validation, self.steps_per_epoch, f"{stage}, validation"
                 )
                 metrics = result.metrics()
-                validation.append(metrics)
+                self.validation.append(metrics)
                 log.evaluation("validation", global_step, metrics, k=config.evaluation.k)
                 rank = metrics["total"].normalized_rank
-                best = position.best if position else None
-                if best is None or rank < best.validation_rank:
-                    best = BestEpoch(epoch, rank)
+                if self.best is None or rank < self.best.validation_rank:
+                    self.best = BestEpoch(epoch, rank)
+                self.save(
+                    RunPosition(
+                        epoch=epoch,
+                        steps=self.steps_per_epoch,
+                        is_validated=True,
+                        global_step=global_step,
+                        cache_step=cache_step,
+                        next_position=self.dataset.split.validation.stop,
+                        best=self.best,
+                    ),
+                    losses,
+                )
                 loss = float(losses.total.mean())
                 chance = "" if self.chance_loss is None else f" (chance {self.chance_loss:.4f})"
-                position = RunPosition(epoch + 1, global_step, cache_step, loss, best)
-                self.save(epoch, position)
                 self.progress.say(
                     f"{stage}: loss {loss:.4f}{chance}, validation rank {rank:.4f}, "
                     f"HR@{config.evaluation.k} {100 * metrics['total'].hit_rate:.2f} %"
                 )
-            assert position is not None
-            url = self.store.epoch_url(position.best.epoch)
-            checkpoint = read_checkpoint(url)
+            assert self.best is not None
+            checkpoint = read_checkpoint(self.store.epoch_url(self.best.epoch))
             test = self.test(checkpoint)
-            log.evaluation("test", position.global_step, test.metrics(), k=config.evaluation.k)
+            log.evaluation(
+                "test", num_epochs * self.steps_per_epoch, test.metrics(), k=config.evaluation.k
+            )
         finally:
             log.close()
         return RunResult(
-            best=position.best,
-            checkpoint_url=url,
-            validation=validation,
+            best=self.best,
+            checkpoint_url=checkpoint.url,
+            validation=self.validation,
             test=test,
-            training_loss=checkpoint.position.training_loss,
+            training_loss=checkpoint.training_loss,
             chance_loss=self.chance_loss,
         )
 
@@ -237,23 +276,96 @@ class Trainer:
     def steps_per_epoch(self) -> int:
         return len(self.train_span) // self.config.data.batch_size
 
-    def train_epoch(self, epoch: int, log: RunLog, stage: str = "") -> EpochLosses:
-        """Trains one epoch from an empty cache; returns the losses of its steps."""
-        self._begin_cache(generation=epoch + 1)
+    def train_epoch(
+        self, epoch: int, log: RunLog, stage: str = "", done: EpochLosses | None = None
+    ) -> EpochLosses:
+        """Trains one epoch; returns the losses of its steps.
+
+        Args:
+            epoch: counted from 0.
+            log: takes losses and times.
+            stage: for whoever watches.
+            done: losses of the steps that the restored checkpoint has behind it; the cache stands
+                where they end. None begins the epoch with an empty cache.
+
+        Raises:
+            RunStoppedError: ``should_stop`` said so on some rank.
+        """
+        batch_size = self.config.data.batch_size
+        first_step = 0 if done is None else len(done)
+        if done is None:
+            self._begin_cache(_generation(epoch))
         self.model.train()
-        self.progress.begin(f"{stage}, training", len(self.train_span))
-        stream = EventStream(self.dataset, self.train_span, self.config.data.batch_size)
-        meter = _StepMeter(self, log, epoch)
-        batches = stream.batches()
-        for step in range(self.steps_per_epoch):
-            with self.clock("data"):
-                batch, _ = next(batches)
-            self._seed(epoch, step)
-            rate = learning_rate(self.config.training.schedule, epoch, step, self.steps_per_epoch)
-            output = self.step(batch, step, rate)
-            meter.add(step, batch, output, rate)
-        _check_weights(self.model, epoch)
-        return meter.finish()
+        num_left = len(self.train_span) - first_step * batch_size
+        self.progress.begin(f"{stage}, training", num_left)
+        stream = EventStream(self.dataset, self.train_span, batch_size)
+        meter = StepMeter(
+            model=self.model,
+            exchange=self.exchange,
+            representations=self.representations,
+            clock=self.clock,
+            loader_clock=self.loader_clock,
+            log=log,
+            epoch=epoch,
+            first_global_step=epoch * self.steps_per_epoch,
+            done=done,
+        )
+        start = StreamPosition(self.train_span.start + first_step * batch_size)
+        with self.loader.batches(stream, first_step, start) as batches:
+            for step in range(first_step, self.steps_per_epoch):
+                with self.clock("wait"):
+                    loaded = next(batches)
+                rate = learning_rate(
+                    self.config.training.schedule, epoch, step, self.steps_per_epoch
+                )
+                output = self.step(loaded, epoch, rate)
+                meter.add(loaded.batch, output, rate)
+                self._after_step(epoch, step + 1, loaded.next_position.next_position, meter)
+        _check_weights(self.model, f"after the last step of epoch {epoch}")
+        return meter.losses
+
+    def _after_step(self, epoch: int, steps: int, next_position: int, meter: StepMeter) -> None:
+        """Reads the losses, takes a checkpoint and stops the run, where each of them is due."""
+        checkpoint = self.config.checkpoint
+        is_stopping = self._is_stopping(steps)
+        is_cut = (is_stopping and checkpoint.on_stop) or (
+            checkpoint.every_steps is not None and steps % checkpoint.every_steps == 0
+        )
+        is_last = steps == self.steps_per_epoch
+        if is_cut or is_last or steps % self.config.run.log_every_steps == 0:
+            num_events, loss = meter.read()
+            self.progress.advance(num_events, {"loss": loss})
+        if is_cut:
+            self.save(
+                RunPosition(
+                    epoch=epoch,
+                    steps=steps,
+                    is_validated=False,
+                    global_step=epoch * self.steps_per_epoch + steps,
+                    cache_step=steps,
+                    next_position=next_position,
+                    best=self.best,
+                ),
+                meter.losses,
+            )
+        if is_stopping:
+            raise self._stopped(f"epoch {epoch}, after {steps} steps")
+
+    def _is_stopping(self, count: int) -> bool:
+        """Whether the run was asked to stop; every rank asks at the same steps or batches."""
+        interval = STEPS_BETWEEN_STOP_CHECKS[self.world.device.type]
+        if self.world.world_size > 1 and count % interval:
+            return False
+        return self.exchange.any(self.should_stop())
+
+    def _stopped(self, where: str) -> RunStoppedError:
+        latest = self.store.latest()
+        return RunStoppedError(
+            "the run was asked to stop",
+            where=where,
+            got=f"newest checkpoint: {latest or 'none'}",
+            remedy="run the same command again to go on",
+        )
 
     def evaluate(
         self,
@@ -265,43 +377,109 @@ class Trainer:
         """Evaluates and writes a span; returns its result and the cache's next step."""
         self.progress.begin(stage, len(span))
         chosen = protocol or self.config.evaluation.protocol
-        results, step = self.evaluator.evaluate(
-            span, step, [chosen], on_batch=lambda n: self.progress.advance(n, {})
-        )
+        num_batches = 0
+
+        def on_batch(num_events: int) -> None:
+            nonlocal num_batches
+            num_batches += 1
+            self.progress.advance(num_events, {})
+            if self._is_stopping(num_batches):
+                raise self._stopped(stage)
+
+        results, step = self.evaluator.evaluate(span, step, [chosen], on_batch=on_batch)
         return results[chosen], step
 
     def test(
         self, checkpoint: Checkpoint, protocol: EvaluationProtocol | None = None
     ) -> PartResult:
-        """Tests a checkpoint: weights and cache as they were after its validation."""
-        self.restore(checkpoint, with_cache=True)
+        """Tests a checkpoint: weights and cache as they were after its validation.
+
+        Raises:
+            CheckpointError: it was taken within an epoch, or does not fit.
+        """
+        if not checkpoint.position.is_validated:
+            raise CheckpointError(
+                "a checkpoint from within an epoch cannot be tested",
+                where=checkpoint.url,
+                got=f"{checkpoint.position.steps} training steps of the epoch",
+                expected="one taken after an epoch's validation, whose cache has seen its events",
+                remedy="give a folder such as <run>/checkpoints/epoch-0003",
+            )
+        # A life of its own, after those of all epochs.
+        self.restore(checkpoint, generation=_generation(self.config.training.schedule.epochs))
         result, _ = self.evaluate(
             self.dataset.split.test, checkpoint.position.cache_step, "test", protocol
         )
         return result
 
-    def save(self, epoch: int, position: RunPosition) -> None:
-        """Commits a checkpoint; of the earlier ones only the best stays."""
-        self.exchange.check_equal(self.model.state_dict(), where=f"after epoch {epoch}")
-        self.client.flush()
+    def save(self, position: RunPosition, losses: EpochLosses) -> None:
+        """Commits a checkpoint; of the earlier ones the newest and the best stay.
+
+        Args:
+            position: of the cut: all ranks are between the same two steps.
+            losses: of the epoch so far.
+
+        Raises:
+            TrainingError: the ranks differ, or the weights are not finite; nothing was written.
+            StorageError, SnapshotError: it cannot be written; the earlier ones are intact.
+        """
+        _check_weights(self.model, f"at {position.name}")
+        self.exchange.check_equal(self.model.state_dict(), where=f"at {position.name}")
+        self.representations.flush()
         # Every rank's writes are in the shards before the first rank has them snapshot.
         self.world.barrier()
         if self.world.is_first:
-            url = self.store.begin(epoch)
-            self.store.commit(
-                epoch,
-                position=position,
-                config=self.config.model_dump(mode="json"),
-                dataset_digest=self.dataset.digest,
-                model=self.model.state_dict(),
-                optimizer=self._optimizer_state(),
-                cache_parts=self.client.snapshot(f"{url}/{CACHE_FOLDER}", position.cache_step),
-            )
-            self.store.keep({epoch, position.best.epoch})
+            try:
+                self._commit(position, losses)
+            except FelrecError:
+                self.store.discard(position)
+                raise
+            self.store.keep(self.config.checkpoint.keep, self.best)
         self.world.barrier()
 
-    def restore(self, checkpoint: Checkpoint, *, with_cache: bool) -> None:
-        """Takes a checkpoint's model and optimizer and, if asked, its cache."""
+    def _commit(self, position: RunPosition, losses: EpochLosses) -> None:
+        base = self._chain
+        if base is not None and base.wants_full:
+            base = None
+        url = self.store.begin(position)
+        parts = self.client.snapshot(
+            f"{url}/{CACHE_FOLDER}",
+            position.cache_step,
+            since=None if base is None else base.next_position,
+        )
+        chain = SnapshotChain(
+            (
+                *(base.parts if base is not None else ()),
+                *(
+                    replace(part, path=f"{position.name}/{CACHE_FOLDER}/{part.path}")
+                    for part in parts
+                ),
+            ),
+            position.next_position,
+        )
+        self.store.commit(
+            position,
+            config=self.config.model_dump(mode="json"),
+            dataset_digest=self.dataset.digest,
+            validation=[metrics_to_json(metrics) for metrics in self.validation],
+            tensors={
+                "model": self.model.state_dict(),
+                "optimizer": self._optimizer_state(),
+                "losses": {
+                    "losses_n2": torch.from_numpy(np.stack([losses.user, losses.item], axis=1))
+                },
+            },
+            chain=chain,
+        )
+        self._chain = chain
+
+    def restore(self, checkpoint: Checkpoint, *, generation: int | None) -> None:
+        """Takes a checkpoint's model and optimizer and, if asked, its cache.
+
+        Args:
+            checkpoint: of this run's experiment.
+            generation: the cache's new life; None leaves the cache alone.
+        """
         if checkpoint.dataset_digest != self.dataset.digest:
             raise CheckpointError(
                 "the checkpoint was made with another data set",
@@ -316,22 +494,23 @@ class Trainer:
         )
         self.model.load_state_dict(checkpoint.model)
         self._load_optimizer(checkpoint.optimizer)
-        if with_cache:
-            # A life of its own, after those of all epochs.
-            generation = self.config.training.schedule.epochs + 1
-            self.client.flush()
-            self.world.barrier()
-            if self.world.is_first:
-                self.client.restore(
-                    checkpoint.cache_prefix,
-                    checkpoint.cache_parts,
-                    generation,
-                    checkpoint.position.cache_step,
-                )
-            self.world.barrier()
-            self.client.begin_generation(generation)
+        self._chain = None
+        if generation is None:
+            return
+        self.representations.flush()
+        self.world.barrier()
+        if self.world.is_first:
+            self.client.restore(
+                checkpoint.cache_prefix,
+                checkpoint.chain.parts,
+                generation,
+                checkpoint.position.cache_step,
+            )
+            self._chain = checkpoint.chain
+        self.world.barrier()
+        self.representations.begin(generation, checkpoint.position.cache_step)
 
-    def _start(self, resume: bool) -> RunPosition | None:
+    def _start(self, resume: bool) -> Checkpoint | None:
         """Prepares the run's folder; returns where the run goes on, None at its beginning."""
         latest = self.store.latest()
         if latest is not None and not resume:
@@ -339,35 +518,37 @@ class Trainer:
                 "the run's folder already holds checkpoints",
                 where=self.config.run.url,
                 got=latest,
-                remedy="add --resume to go on, or set run.url to another folder",
+                remedy="go on from there (no --no-resume), or set run.url to another folder",
             )
-        position = None
+        checkpoint = None
         if latest is not None:
             checkpoint = read_checkpoint(latest)
-            self.restore(checkpoint, with_cache=False)
+            position = checkpoint.position
             # Ranks of another protocol do not compare with those of the best epoch so far.
             _check_equal(checkpoint, self.config, ("evaluation.protocol",))
-            position = checkpoint.position
+            # An epoch that is over leaves nothing in the cache: the next begins with an empty one.
+            generation = None if position.is_validated else _generation(position.epoch)
+            self.restore(checkpoint, generation=generation)
+            self.best = position.best
+            self.validation = [metrics_from_json(metrics) for metrics in checkpoint.validation]
             self.progress.say(f"resumed from {latest}")
         # Only now: a config that was refused must not replace the one the run began with.
         if self.world.is_first:
-            _write_text(f"{self.config.run.url.rstrip('/')}/config.yaml", dump_config(self.config))
+            url = f"{self.config.run.url.rstrip('/')}/config.yaml"
+            with storage_errors("the run's config cannot be written", url):
+                _write_text(url, dump_config(self.config))
         self.world.barrier()
-        return position
+        return checkpoint
 
     def _begin_cache(self, generation: int) -> None:
         """Empties the cache for a new life; late writes of an earlier one are dropped."""
-        self.client.flush()
+        self._chain = None
+        self.representations.flush()
         self.world.barrier()
         if self.world.is_first:
             self.client.clear(generation)
         self.world.barrier()
-        self.client.begin_generation(generation)
-
-    def _seed(self, epoch: int, step: int) -> None:
-        """Random streams do not outlive a step, so that any step can be repeated alone."""
-        entropy = [self.config.training.seed, epoch, step, self.world.rank]
-        torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1))
+        self.representations.begin(generation, step=0)
 
     def _optimizer_state(self) -> dict[str, Tensor]:
         """Returns the optimizer's tensors as ``<parameter>:<name of the state>``."""
@@ -386,77 +567,12 @@ class Trainer:
             self.optimizer.state[parameters[name]][key] = tensor
 
 
-class _StepMeter:
-    """Keeps the losses of an epoch on the device and reads them every n steps."""
-
-    def __init__(self, trainer: Trainer, log: RunLog, epoch: int) -> None:
-        self.trainer = trainer
-        self.log = log
-        self.epoch = epoch
-        self.read: list[npt.NDArray[np.float64]] = []
-        self.pending: list[Tensor] = []
-        self.events = 0
-        self.began = time.perf_counter()
-        trainer.clock.take()
-
-    def add(self, step: int, batch: EventBatch, output: ModelOutput, rate: float) -> None:
-        self.pending.append(torch.stack([output.user_loss, output.item_loss]).double())
-        self.events += len(batch)
-        is_last = step + 1 == self.trainer.steps_per_epoch
-        if is_last or (step + 1) % self.trainer.config.run.log_every_steps == 0:
-            self._read(step, batch, rate)
-
-    def _read(self, step: int, batch: EventBatch, rate: float) -> None:
-        trainer = self.trainer
-        world_size = trainer.world.world_size
-        # Slices are equal, so the mean over the ranks is that over the batch.
-        losses_n2 = (trainer.exchange.sum(torch.stack(self.pending)) / world_size).cpu().numpy()
-        _check_finite(losses_n2, step + 1 - len(losses_n2), batch, self.epoch)
-        seconds = trainer.clock.take()
-        began, self.began = self.began, time.perf_counter()
-        user_loss, item_loss = losses_n2.mean(axis=0)
-        representations = trainer.representations
-        self.log.steps(
-            self.epoch * trainer.steps_per_epoch + step + 1,
-            user_loss=user_loss,
-            item_loss=item_loss,
-            chance_loss=trainer.model.chance_loss(trainer.config.data.batch_size),
-            learning_rate=rate,
-            gradient_norm=_gradient_norm(trainer.model),
-            events_per_s=self.events / max(self.began - began, 1e-9),
-            phase_seconds=seconds,
-            distinct_share=representations.num_distinct / max(1, representations.num_read),
-        )
-        representations.num_distinct = representations.num_read = 0
-        trainer.progress.advance(self.events, {"loss": user_loss + item_loss})
-        self.read.append(losses_n2)
-        self.pending, self.events = [], 0
-
-    def finish(self) -> EpochLosses:
-        losses_n2 = np.concatenate(self.read)
-        return EpochLosses(user=losses_n2[:, 0], item=losses_n2[:, 1])
+def _generation(epoch: int) -> int:
+    """The cache's life in an epoch, from 1; shards that have seen no run are in 0."""
+    return epoch + 1
 
 
-def _check_finite(
-    losses_n2: npt.NDArray[np.float64], first_step: int, last_batch: EventBatch, epoch: int
-) -> None:
-    is_bad_n = ~np.isfinite(losses_n2).all(axis=1)
-    if is_bad_n.any():
-        index = int(is_bad_n.argmax())
-        batches_before_last = len(losses_n2) - 1 - index
-        size = len(last_batch)
-        first = last_batch.first_position - batches_before_last * size
-        raise NonFiniteLossError(
-            "the loss is not finite",
-            where=f"epoch {epoch}, step {first_step + index}, "
-            f"events at positions {first} to {first + size - 1}",
-            got=f"user branch {losses_n2[index, 0]}, item branch {losses_n2[index, 1]}",
-            remedy="lower training.schedule.base_lr, or look at these events; "
-            "the last checkpoint is intact",
-        )
-
-
-def _check_weights(model: torch.nn.Module, epoch: int) -> None:
+def _check_weights(model: torch.nn.Module, where: str) -> None:
     """The last update has no loss after it to show that it failed.
 
     Scores that are NaN are above nothing: such a model would have the best ranks of all.
@@ -465,15 +581,9 @@ def _check_weights(model: torch.nn.Module, epoch: int) -> None:
         if not parameter.isfinite().all():
             raise NonFiniteLossError(
                 "the weights are not finite",
-                where=f"after the last step of epoch {epoch}, {name}",
+                where=f"{where}, {name}",
                 remedy="lower training.schedule.base_lr; the last checkpoint is intact",
             )
-
-
-def _gradient_norm(model: torch.nn.Module) -> float:
-    """L2 norm of the clipped gradient of the last step."""
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    return float(torch.linalg.vector_norm(torch.stack([g.norm() for g in gradients])))
 
 
 def _check_fits(config: ExperimentConfig, dataset: PreparedDataset, world: World) -> None:

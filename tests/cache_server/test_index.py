@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from cache_server.errors import CacheError
 from cache_server.hashing import bucket_of
-from cache_server.index import MAX_ROWS, IdIndex
+from cache_server.index import MAX_ROWS, IdIndex, _empty_slots
 
 INT64 = st.integers(-(2**63), 2**63 - 1)
 # Few small keys, so that they repeat, and any others, the extremes among them.
@@ -96,6 +96,52 @@ def test_nothing_in_it_nothing_out_of_it() -> None:
     assert index.lookup(np.array([0, -1], np.int64)).tolist() == [-1, -1]
     assert index.insert(np.empty(0, np.int64)).size == 0
     assert len(index) == 0
+
+
+def test_items_of_chosen_rows() -> None:
+    index = IdIndex()
+    index.insert(np.arange(-500, 500))
+    chosen = np.random.default_rng(0).random(1000) < 0.1
+    chunks = list(index.items(7, chosen))
+    # Full chunks: what is not chosen leaves no gaps.
+    sizes = [keys.size for keys, _ in chunks]
+    assert set(sizes[:-1]) == {7}
+    pairs = {int(k): int(r) for keys, rows in chunks for k, r in zip(keys, rows, strict=True)}
+    assert pairs == {int(row) - 500: int(row) for row in np.flatnonzero(chosen)}
+
+
+def test_keys_that_repeat_or_are_known_take_no_room() -> None:
+    index = IdIndex()
+    index.insert(np.arange(1000))
+    nbytes = index.nbytes
+    index.insert(np.full(100_000, 5))
+    index.insert(np.repeat(np.arange(1000), 50))
+    assert index.nbytes == nbytes
+
+
+def test_without_memory_no_key_is_inserted(monkeypatch: pytest.MonkeyPatch) -> None:
+    index, other = IdIndex(), IdIndex()
+    index.insert(np.arange(3000))
+    calls = 0
+
+    def fail_in_the_middle(capacity: int) -> NDArray[np.int32]:
+        nonlocal calls
+        calls += 1
+        if calls > 20:
+            raise MemoryError
+        return _empty_slots(capacity)
+
+    with monkeypatch.context() as scarce:
+        scarce.setattr("cache_server.index._empty_slots", fail_in_the_middle)
+        with pytest.raises(MemoryError, match=r"\d+ bytes for the id index"):
+            index.insert(np.arange(10_000))
+    assert len(index) == 3000
+    assert index.lookup(np.arange(10_000)).tolist() == [*range(3000), *[-1] * 7000]
+    rows = index.insert(np.arange(9_999, -1, -1))
+    assert rows.tolist() == [*range(3000, 10_000), *range(2999, -1, -1)]
+    # It has grown as one that never lacked memory.
+    other.insert(np.arange(10_000))
+    assert index.nbytes == other.nbytes
 
 
 def test_read_only_keys() -> None:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import wait as wait_for_futures
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,8 @@ from cache_server.ray_transport import (  # noqa: E402
     ShardHandles,
     create_shard_actors,
     destroy_shard_actors,
+    find_shard_actors,
+    is_alive,
 )
 from cache_server.transport import Transport  # noqa: E402
 from tests.ray_sessions import ray_session  # noqa: E402
@@ -89,9 +92,15 @@ def play(transport: Transport, generation: int, folder: Path) -> list[object]:
             )
         parts = client.snapshot(str(folder), step=4)
         seen += [client.digest(), parts]
+        for shard in client.bucket_digests():
+            held = [(t.digests.tolist(), t.num_rows.tolist()) for t in shard.tables.values()]
+            seen += [shard.shard, shard.fence, shard.is_cut, held]
+        client.write_back(4, {"item": (KEYS[:9], KEYS[:9] + 2800, rng.standard_normal((9, 6)))})
+        parts += client.snapshot(str(folder), step=5, since=2800)
+        seen += [client.digest(), parts]
         client.clear()
         seen.append(client.digest())
-        client.restore(str(folder), parts, client.generation + 1, 4)
+        client.restore(str(folder), parts, client.generation + 1, 5)
         seen.append(client.digest())
         seen.append([stats.tables for stats in client.stats()])
         counters = client.counters
@@ -143,6 +152,8 @@ def test_waiting_fetches_leave_room_for_the_writes(handles: ShardHandles) -> Non
         transport = RayTransport(handles)
         replies = transport.wait([transport.submit(shard, "fence") for shard in (0, 1)], 10.0)
         assert [reply.value.received_step for reply in replies] == [-1, -1]
+        described = transport.wait([transport.submit(1, "describe")], 10.0)[0].value
+        assert (described.num_shards, described.tables) == (NUM_SHARDS, TABLES)
         writer = client_of(handles)
         for step in [2, 0, 1]:
             writer.write_back(step, {})
@@ -214,6 +225,82 @@ def test_a_placement_group_and_names(session: None) -> None:
         destroy_shard_actors(handles)
     state = ray.util.placement_group_table(handles.placement_group)["state"]
     assert state == "REMOVED"
+
+
+def test_named_shards_are_found_again_and_only_while_they_live(session: None) -> None:
+    assert not is_alive("found", "tests")
+    with pytest.raises(CacheError, match=r"No cache of this name(?s:.*)tests(?s:.*)found-0"):
+        find_shard_actors("found", namespace="tests")
+    handles = create_shard_actors(TABLES, 3, name="found", namespace="tests", fetch_threads=1)
+    try:
+        client = client_of(handles)
+        client.write_back(0, {"item": (KEYS, KEYS & 7, np.ones((KEYS.size, 6)))})
+        client.flush()
+        found = find_shard_actors("found", namespace="tests")
+        assert found.actors == handles.actors
+        assert found.tables == TABLES
+        assert client_of(found).digest() == client.digest()
+        assert is_alive("found", "tests")
+        assert not is_alive("found", "elsewhere")
+    finally:
+        destroy_shard_actors(handles)
+    wait_until_ended("found")
+
+
+def test_a_taken_name_is_refused_and_nothing_is_left(session: None) -> None:
+    handles = create_shard_actors(TABLES, 2, name="taken", namespace="tests", fetch_threads=1)
+    with pytest.raises(CacheError, match=r"this name is alive(?s:.*)tests(?s:.*)got: taken"):
+        create_shard_actors(TABLES, 1, name="taken", namespace="tests")
+    assert find_shard_actors("taken", namespace="tests").actors == handles.actors
+    # Only the second name is taken: a shard has been started when that is noticed.
+    ray.kill(handles.actors[0])
+    wait_until_ended("taken", num_left=1)
+    with pytest.raises(CacheError, match="this name is alive"):
+        create_shard_actors(TABLES, 2, name="taken", namespace="tests")
+    wait_until_ended("taken", num_left=1)
+    ray.kill(handles.actors[1])
+    wait_until_ended("taken")
+
+
+def test_a_cache_with_a_dead_shard_is_not_handed_out(session: None) -> None:
+    handles = create_shard_actors(TABLES, 2, name="half", namespace="tests", fetch_threads=1)
+    ray.kill(handles.actors[1])
+    with pytest.raises(ShardLostError, match=r"is dead(?s:.*)cache half, shard 1(?s:.*)resume"):
+        find_shard_actors("half", namespace="tests")
+    wait_until_ended("half", num_left=1)
+    with pytest.raises(ShardLostError, match=r"is dead(?s:.*)cache half, shard 1(?s:.*)resume"):
+        find_shard_actors("half", namespace="tests")
+    ray.kill(handles.actors[0])
+    wait_until_ended("half")
+
+
+def test_a_shard_that_has_not_started_is_waited_for_with_a_limit(session: None) -> None:
+    # Two CPUs: the second shard finds no place.
+    start = partial(create_shard_actors, TABLES, 2, num_cpus=2, timeout_s=60)
+    with ThreadPoolExecutor(1) as pool:
+        starting = pool.submit(start, name="slow", namespace="tests", fetch_threads=1)
+        deadline = time.monotonic() + 10
+        while not is_alive("slow", "tests") and time.monotonic() < deadline:
+            time.sleep(0.02)
+        first = ray.get_actor("slow-0", "tests")
+        assert ray.get(first.describe.remote(), timeout=30).num_shards == 2
+        with pytest.raises(CacheTimeoutError, match=r"not answer(?s:.*)cache slow, shards \[1\]"):
+            find_shard_actors("slow", namespace="tests", timeout_s=0.5)
+        ray.kill(ray.get_actor("slow-1", "tests"))
+        with pytest.raises(ShardLostError, match="died while it was started"):
+            starting.result(30)
+    wait_until_ended("slow")
+
+
+def wait_until_ended(name: str, num_left: int = 0) -> None:
+    """Ray frees the names of killed actors a moment later."""
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        named = [actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)]
+        if sum(other.startswith(name) for other in named) == num_left:
+            return
+        time.sleep(0.02)
+    raise AssertionError(named)
 
 
 def test_a_dead_shard_is_named_and_never_comes_back_empty(session: None) -> None:

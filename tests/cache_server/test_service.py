@@ -126,7 +126,7 @@ def test_a_write_waits_for_running_fetches_with_a_limit(
     assert whole.fence() == Fence(0, 0)
 
 
-def test_a_fetch_waits_for_a_running_write_with_a_limit(
+def test_fetches_and_digests_wait_for_a_running_write_with_a_limit(
     whole: ShardService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inside, go_on = threading.Event(), threading.Event()
@@ -143,8 +143,12 @@ def test_a_fetch_waits_for_a_running_write_with_a_limit(
         assert inside.wait(5)
         with pytest.raises(CacheTimeoutError, match=r"fetch of step 0 waited 0.1 s"):
             whole.fetch(request(0), 0.1)
+        # What it takes digests of must not change meanwhile.
+        with pytest.raises(CacheTimeoutError, match=r"digest of the buckets waited 0.1 s"):
+            whole.bucket_digests(0.1)
         go_on.set()
         running.result(5)
+    assert whole.bucket_digests(1.0).tables["item"].total_rows == 1
 
 
 def test_many_readers_and_writers_see_whole_rows_in_order(whole: ShardService) -> None:
@@ -170,9 +174,35 @@ def test_many_readers_and_writers_see_whole_rows_in_order(whole: ShardService) -
             assert reader.result(30) == sorted(reader.result())
 
 
+@pytest.mark.parametrize("step", [0, 1, 7])
+@pytest.mark.parametrize("generation", [0, 1])
+def test_a_shard_that_came_back_empty_never_answers_with_zeros(generation: int, step: int) -> None:
+    empty = ShardService(CacheShard(TABLES), can_wait=True)
+    as_created = r"got: generation 0, no write received yet: the shard is empty, as it was created"
+    if (generation, step) == (0, 0):
+        # Nothing was written before the first step of the first generation: this is the answer.
+        assert not empty.fetch(request(0), 0.1)["item"].found.any()
+        return
+    # The clear or the writes that it lacks may still be on their way, so it waits for them.
+    with pytest.raises(CacheTimeoutError, match=rf"waited 0.1 s(?s:.*)shard 0 of 1\s+{as_created}"):
+        empty.fetch(request(step, generation), 0.1)
+    if generation:
+        with pytest.raises(
+            CacheError, match=r"not begun(?s:.*)as it was created(?s:.*)created anew"
+        ):
+            empty.write(batch(step, generation=1), 0.1)
+    else:
+        # Without the steps before it the write is early, and no later step is served.
+        empty.write(batch(step), 0.1)
+        with pytest.raises(CacheTimeoutError, match=as_created):
+            empty.fetch(request(step + 1), 0.1)
+        with pytest.raises(CacheTimeoutError, match=as_created):
+            empty.snapshot("memory://never", 0, step + 1, None, 0.1)
+
+
 def test_a_snapshot_of_a_step_waits_for_it(whole: ShardService, tmp_path: Path) -> None:
     with ThreadPoolExecutor(1) as pool:
-        snapshot = pool.submit(whole.snapshot, str(tmp_path), 0, 1, 10.0)
+        snapshot = pool.submit(whole.snapshot, str(tmp_path), 0, 1, None, 10.0)
         assert not wait_for_futures([snapshot], 0.1).done
         whole.write(batch(0), 1.0)
         assert [part.num_rows for part in snapshot.result(5)] == [1]
@@ -182,8 +212,8 @@ def test_a_snapshot_that_a_write_overtook_is_refused(whole: ShardService, tmp_pa
     whole.write(batch(0), 1.0)
     whole.write(batch(1), 1.0)
     with pytest.raises(CacheError, match=r"not be one consistent cut(?s:.*)step 1(?s:.*)step 0"):
-        whole.snapshot(str(tmp_path), 0, 1, 1.0)
+        whole.snapshot(str(tmp_path), 0, 1, None, 1.0)
     whole.write(batch(3), 1.0)
     with pytest.raises(CacheError, match=r"not be one consistent cut(?s:.*)later ones too: True"):
-        whole.snapshot(str(tmp_path), 0, 2, 1.0)
+        whole.snapshot(str(tmp_path), 0, 2, None, 1.0)
     assert list(tmp_path.iterdir()) == []

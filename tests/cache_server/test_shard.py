@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,9 +14,9 @@ from numpy.typing import NDArray
 from cache_server.errors import CacheError
 from cache_server.hashing import NUM_BUCKETS, shard_of
 from cache_server.messages import Fence, FetchRequest, TableSpec, TableWrite, WriteBatch
-from cache_server.shard import CacheShard, CacheTable, rows_digest
+from cache_server.shard import CacheShard, CacheTable, _empty_block, rows_digest
 from cache_server.storage import STORAGE_TYPES, StorageType, stored_dtype
-from tests.cache_server.oracle import DictCache, row_hash
+from tests.cache_server.oracle import DictCache, row_hash, splitmix64
 
 WIDTH = 3
 KEY_POOL = [0, -1, 1, 2, 3, 5, 8, 13, 2**63 - 1, -(2**63), 2**40, -(2**40)]
@@ -116,6 +117,47 @@ def test_every_width_and_storage_type(storage: StorageType, width: int) -> None:
     assert fetched.found.tolist() == [True, False, True]
     expected = sum(row_hash(int(k), int(k) + 7, r) for k, r in zip(keys, rows, strict=True))
     assert table.digest() == expected % 2**64
+
+
+@pytest.mark.parametrize(("storage", "width"), [("float32", 128), ("bfloat16", 3)])
+def test_the_digests_of_buckets_are_those_of_the_slow_truth(
+    storage: StorageType, width: int
+) -> None:
+    rng = np.random.default_rng(width)
+    table = CacheTable(TableSpec(width, storage), block_rows=64)
+    assert table.bucket_digests().total_rows == table.digest() == 0
+    keys = np.concatenate([rng.permutation(3_000) - 1_500, [2**63 - 1, -(2**63)]])
+    rows = rng.integers(0, 2000, (keys.size, width)).astype(stored_dtype(storage))
+    table.write(keys, np.full(keys.size, 2**63 - 1), rows)
+    digests, num_rows = [0] * NUM_BUCKETS, [0] * NUM_BUCKETS
+    for key, row in zip(keys, rows, strict=True):
+        bucket = splitmix64(int(key) & (2**64 - 1)) >> 52
+        digests[bucket] = (digests[bucket] + row_hash(int(key), 2**63 - 1, row)) % 2**64
+        num_rows[bucket] += 1
+    assert max(num_rows) > 1
+    assert min(num_rows) == 0
+    found = table.bucket_digests()
+    assert found.digests.tolist() == digests
+    assert found.num_rows.tolist() == num_rows
+    assert found.digest == table.digest() == sum(digests) % 2**64
+    assert found.total_rows == 3_002
+
+
+def test_the_digests_of_a_shard_say_how_far_it_is() -> None:
+    tables = {"user": TableSpec(1), "item": TableSpec(2)}
+    shard = CacheShard(tables, shard=1, num_shards=2)
+    keys = np.arange(100)
+    mine = keys[shard_of(keys, 2) == 1]
+    write = TableWrite(mine, mine, np.ones((mine.size, 2), np.float32))
+    shard.write(WriteBatch(0, 0, {"item": write}))
+    taken = shard.bucket_digests()
+    assert (taken.shard, taken.fence, taken.is_cut) == (1, Fence(0, 0), True)
+    assert {name: held.digest for name, held in taken.tables.items()} == shard.digest()
+    assert taken.tables["item"].total_rows == mine.size
+    assert not taken.tables["item"].num_rows[: shard.buckets[0]].any()
+    assert taken.tables["user"].total_rows == 0
+    shard.write(WriteBatch(0, 2))
+    assert not shard.bucket_digests().is_cut
 
 
 def test_growth_over_many_blocks_keeps_every_row() -> None:
@@ -294,9 +336,93 @@ def test_an_interrupted_restore_serves_nothing() -> None:
     assert not shard.is_ready(0, 0)
     with pytest.raises(CacheError, match=r"restore was begun and did not finish"):
         shard.fetch(FetchRequest(0, 0, {}))
-    shard.set_fence(1, 7)
+    shard.end_restore(1, 7)
     assert shard.is_ready(1, 7)
     assert not shard.is_ready(1, 8)
+
+
+def test_a_restore_that_was_not_begun_cannot_end() -> None:
+    # A shard that was created anew meanwhile is empty and must not look restored.
+    shard = CacheShard({"item": TableSpec(1)}, shard=1, num_shards=2)
+    with pytest.raises(
+        CacheError, match=r"cannot end(?s:.*)shard 1 of 2(?s:.*)as it was created(?s:.*)again"
+    ):
+        shard.end_restore(1, 7)
+    assert not shard.is_ready(1, 7)
+
+
+@pytest.mark.parametrize(
+    ("what", "wanted"),
+    [("cache_server.shard._empty_block", 16 * (1 + 1) * 8), ("cache_server.index._empty_slots", 0)],
+)
+@pytest.mark.parametrize("calls_before", [0, 1, 5, 20])
+def test_without_memory_nothing_is_stored(
+    what: str, wanted: int, calls_before: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tables = {"user": TableSpec(2), "item": TableSpec(2)}
+    shard = CacheShard(tables, shard=0, num_shards=2, block_rows=16)
+    keys = np.arange(20_000)[shard_of(np.arange(20_000), 2) == 0]
+    rows = np.ones((keys.size, 2), np.float32)
+    old = TableWrite(keys[:40], np.arange(40), rows[:40])
+    new = TableWrite(keys, np.arange(keys.size) + 40, rows * 2)
+    shard.write(WriteBatch(0, 0, {"user": old, "item": old}))
+    digest, num_rows = shard.digest(), shard.stats().tables["item"].num_rows
+
+    module, name = what.rsplit(".", 1)
+    allocate = getattr(importlib.import_module(module), name)
+    calls = 0
+
+    def allocate_while_there_is_memory(*sizes: int) -> object:
+        nonlocal calls
+        calls += 1
+        if calls > calls_before:
+            # As NumPy's own, which is a MemoryError too.
+            raise MemoryError("Unable to allocate 8.00 GiB")
+        return allocate(*sizes)
+
+    with monkeypatch.context() as scarce:
+        scarce.setattr(what, allocate_while_there_is_memory)
+        # The table that comes first has memory, and must not keep what it could store.
+        with pytest.raises(
+            CacheError,
+            match=rf"no memory for more rows(?s:.*)shard 0 of 2, table item(?s:.*)40 rows in \d+ "
+            rf"bytes, no memory for {wanted or ''}\d* ?bytes(?s:.*){keys.size - 40} new ids"
+            r"(?s:.*)more shards",
+        ) as info:
+            shard.write(WriteBatch(0, 1, {"user": old, "item": new}))
+    assert isinstance(info.value.__cause__, MemoryError)
+    assert shard.digest() == digest
+    assert shard.fence == Fence(0, 0)
+    assert shard.stats().tables["item"].num_rows == num_rows
+    assert not shard.fetch(FetchRequest(0, 1, {"item": keys[40:]}))["item"].found.any()
+    # With memory again, the message that failed is applied as if it came for the first time.
+    shard.write(WriteBatch(0, 1, {"user": old, "item": new}))
+    fetched = shard.fetch(FetchRequest(0, 2, {"item": keys}))["item"]
+    assert np.array_equal(fetched.rows, rows * 2)
+    assert fetched.found.all()
+
+
+def test_a_table_without_memory_leaves_the_others_of_its_message_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shard = CacheShard({"user": TableSpec(1), "item": TableSpec(1)}, block_rows=2)
+    write = TableWrite(np.arange(5), np.arange(5), np.ones((5, 1), np.float32))
+    calls = 0
+
+    def fail_at_the_second_table(block_rows: int, num_words: int) -> object:
+        nonlocal calls
+        calls += 1
+        if calls > 3:
+            raise MemoryError
+        return _empty_block(block_rows, num_words)
+
+    monkeypatch.setattr("cache_server.shard._empty_block", fail_at_the_second_table)
+    with pytest.raises(CacheError, match=r"no memory for more rows(?s:.*)table item"):
+        shard.write(WriteBatch(0, 0, {"user": write, "item": write}))
+    assert calls == 4
+    assert shard.digest() == {"user": 0, "item": 0}
+    assert not shard.fetch(FetchRequest(0, 0, {"user": np.arange(5)}))["user"].found.any()
+    assert shard.received_step == -1
 
 
 def test_the_buckets_of_a_shard() -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 from pathlib import Path
 from uuid import uuid4
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pytest
+from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 
 from cache_server import snapshot
 from cache_server.client import CacheClient
@@ -111,7 +114,7 @@ def test_a_file_says_what_it_holds(tmp_path: Path) -> None:
     assert table.schema.field("row").type.list_size == 3
     assert table.schema.field("row").type.value_type == pa.uint16()
     assert table.schema.metadata == {
-        b"format": b"1",
+        b"format": b"2",
         b"table": b"user",
         b"width": b"3",
         b"storage": b"bfloat16",
@@ -119,6 +122,8 @@ def test_a_file_says_what_it_holds(tmp_path: Path) -> None:
         b"bucket_stop": b"4096",
         b"num_rows": str(NUM_ROWS).encode(),
         b"digest": str(client.digest()["user"]).encode(),
+        b"since": b"none",
+        b"num_rows_total": str(NUM_ROWS).encode(),
     }
     assert sorted(table["key"].to_pylist()) == sorted(KEYS.tolist())
     assert parts["user"].digest == client.digest()["user"]
@@ -161,7 +166,8 @@ def test_no_changed_byte_is_taken_for_another_row(saved: tuple[Path, list[Snapsh
     noticed = 0
     for place in range(0, len(data), 17):
         changed = bytearray(data)
-        changed[place] ^= 0x10
+        # The top bit makes a version negative, which no write may have.
+        changed[place] ^= 0x80 if place % 2 else 0x10
         path.write_bytes(changed)
         client = client_of(2)
         try:
@@ -279,6 +285,8 @@ def test_parts_that_do_not_hold_every_bucket_once_change_nothing(
 def test_an_unknown_table_in_the_parts(saved: tuple[Path, list[SnapshotPart]]) -> None:
     with pytest.raises(SnapshotError, match=r"does not have(?s:.*)got: item(?s:.*)expected: user"):
         check_parts(saved[1], {"user": TableSpec(3)})
+    with pytest.raises(SnapshotError, match=r"where: item-0000(?s:.*)remedy: Restore it into"):
+        check_parts(saved[1], {"user": TableSpec(3)})
 
 
 def test_a_prefix_that_cannot_be_written(tmp_path: Path) -> None:
@@ -287,6 +295,139 @@ def test_a_prefix_that_cannot_be_written(tmp_path: Path) -> None:
         filled(1).snapshot(str(tmp_path / "file"))
     with pytest.raises(SnapshotError, match=r"could not be written(?s:.*)nosuch://x/user"):
         filled(1).snapshot("nosuch://x")
+
+
+def fill_the_disk(monkeypatch: pytest.MonkeyPatch, num_bytes: int) -> None:
+    """Refuses the first write beyond ``num_bytes`` of a file in memory, and no later one."""
+    write = MemoryFile.write
+    is_full = True
+
+    def write_while_there_is_room(file: MemoryFile, data: bytes) -> int:
+        nonlocal is_full
+        if is_full and file.tell() + memoryview(data).nbytes > num_bytes:
+            is_full = False
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return int(write(file, data))
+
+    monkeypatch.setattr(MemoryFile, "write", write_while_there_is_room, raising=False)
+
+
+@pytest.mark.usefixtures("small_batches")
+@pytest.mark.parametrize("num_bytes", [0, 10, 1500, 5000])
+def test_a_disk_that_fills_up_leaves_no_half_written_file(
+    num_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefix = f"memory://{uuid4()}"
+    client = filled(1)
+    with monkeypatch.context() as full:
+        fill_the_disk(full, num_bytes)
+        with pytest.raises(
+            SnapshotError,
+            match=r"could not be written(?s:.*)user-0000-4096.arrow(?s:.*)No space left(?s:.*)"
+            r"expected: a file of 300 rows(?s:.*)free space",
+        ):
+            client.snapshot(prefix)
+    assert fsspec.filesystem("memory").find(prefix) == []
+    # Nothing but the file is lost: the next try succeeds.
+    target = client_of(2)
+    target.restore(prefix, client.snapshot(prefix), 1, 3)
+    assert target.digest() == client.digest()
+
+
+@pytest.mark.usefixtures("small_batches")
+def test_a_half_written_file_that_cannot_be_removed_is_never_taken_for_a_whole_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    prefix = f"memory://{uuid4()}"
+    client = filled(1)
+    parts = client.snapshot(f"{prefix}/whole")
+
+    def keep(filesystem: object, path: str) -> None:
+        raise PermissionError(path)
+
+    with monkeypatch.context() as full:
+        fill_the_disk(full, 5000)
+        full.setattr(MemoryFileSystem, "rm_file", keep)
+        with pytest.raises(SnapshotError, match="No space left"):
+            client.snapshot(f"{prefix}/half")
+    # No footer, though there was room for one.
+    with fsspec.open(f"{prefix}/half/user-0000-4096.arrow") as file:
+        assert 3000 < len(file.read()) <= 5000
+    with pytest.raises(SnapshotError, match=r"missing or damaged(?s:.*)half/user-0000-4096"):
+        client_of(1).restore(f"{prefix}/half", parts, 1, 3)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_device_without_room(tmp_path: Path) -> None:
+    (tmp_path / "user-0000-4096.arrow").symlink_to("/dev/full")
+    with pytest.raises(SnapshotError, match=r"could not be written(?s:.*)No space left on device"):
+        filled(1).snapshot(str(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+    assert Path("/dev/full").exists()
+
+
+def test_a_file_that_may_not_be_overwritten_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    prefix = f"memory://{uuid4()}"
+    client = filled(1)
+    parts = client.snapshot(prefix)
+
+    def refuse(filesystem: object, path: str, mode: str, **options: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", path)
+
+    with monkeypatch.context() as locked:
+        locked.setattr(MemoryFileSystem, "open", refuse)
+        with pytest.raises(SnapshotError, match=r"could not be written(?s:.*)Permission denied"):
+            client.snapshot(prefix)
+    client_of(1).restore(prefix, parts, 1, 3)
+
+
+def test_storage_that_is_not_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    prefix = f"memory://{uuid4()}"
+    client = filled(2)
+    parts = client.snapshot(prefix)
+
+    class EndpointConnectionError(Exception):
+        """As botocore's, which is no OSError."""
+
+    def fail(*args: object, **options: object) -> None:
+        raise EndpointConnectionError("Could not connect to the endpoint")
+
+    monkeypatch.setattr(MemoryFileSystem, "open", fail)
+    with pytest.raises(
+        SnapshotError, match=r"could not be written(?s:.*)user-0000(?s:.*)Could not connect"
+    ):
+        client.snapshot(prefix)
+    with pytest.raises(
+        SnapshotError,
+        match=r"out of reach(?s:.*)user-0000(?s:.*)Could not connect(?s:.*)Try again",
+    ):
+        client.restore(prefix, parts, 1, 3)
+
+
+def test_a_file_of_another_version_of_the_format(
+    saved: tuple[Path, list[SnapshotPart]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, parts = saved
+    monkeypatch.setattr(snapshot, "FORMAT_VERSION", "3")
+    with pytest.raises(
+        SnapshotError,
+        match=r"another version of the format(?s:.*)user-0000(?s:.*)got: format 2"
+        r"(?s:.*)expected: format 3(?s:.*)that wrote it",
+    ):
+        client_of(2).restore(str(folder), parts, 1, 3)
+
+
+def test_a_snapshot_of_another_generation_than_the_shards(tmp_path: Path) -> None:
+    # A shard that was created anew is empty, and its snapshot would be a loss of rows.
+    client = client_of(2)
+    client.begin_generation(3)
+    with pytest.raises(
+        CacheError,
+        match=r"another generation(?s:.*)shard 0 of 2(?s:.*)got: generation 3(?s:.*)"
+        r"empty, as it was created(?s:.*)restore the last checkpoint",
+    ):
+        client.snapshot(str(tmp_path))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_snapshot_must_be_a_cut(tmp_path: Path) -> None:

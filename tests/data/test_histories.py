@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from felrec_dist.data.dataset import PreparedDataset, Span
-from felrec_dist.data.histories import Histories, HistoryReader, distinct
+from felrec_dist.data.histories import Histories, HistoryReader
 from felrec_dist.data.stream import EventBatch, EventStream
 from felrec_dist.errors import ConfigError, DatasetError
 from tests.data.oracle import Row, expect, prepare_rows
@@ -74,8 +74,6 @@ def test_an_empty_slice_has_empty_histories(dataset: PreparedDataset) -> None:
     [batch] = read_batches(dataset, len(ROWS))
     of_users, of_items = HistoryReader(dataset, N).read(batch.slice(3, 3))
     assert of_users.ids_BN.shape == of_items.ids_BN.shape == (0, N)
-    ids_M, slots_BN = distinct(of_users)
-    assert (ids_M.shape, slots_BN.shape) == ((0,), (0, N))
 
 
 @pytest.mark.parametrize("changed", [4, 9])
@@ -90,28 +88,6 @@ def test_later_events_change_nothing_before_them(tmp_path: Path, changed: int) -
     for one, two in zip(*readings, strict=True):
         np.testing.assert_array_equal(one.ids_BN, two.ids_BN)
         np.testing.assert_array_equal(one.lengths_B, two.lengths_B)
-
-
-def test_distinct_looks_at_valid_slots_only() -> None:
-    histories = Histories(
-        ids_BN=np.array([[5, -3, 5], [0, 9, 9], [2**63 - 1, 5, 0]], dtype=np.int64),
-        lengths_B=np.array([3, 0, 2], dtype=np.int64),
-    )
-    ids_M, slots_BN = distinct(histories)
-    assert ids_M.tolist() == [-3, 5, 2**63 - 1]
-    assert slots_BN.tolist() == [[1, 0, 1], [0, 0, 0], [2, 1, 0]]
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_distinct_on_random_histories(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    histories = Histories(ids_BN=rng.integers(-5, 5, (20, N)), lengths_B=rng.integers(0, N + 1, 20))
-    ids_M, slots_BN = distinct(histories)
-    valid = [(row, slot) for row in range(20) for slot in range(int(histories.lengths_B[row]))]
-    assert ids_M.tolist() == sorted({int(histories.ids_BN[place]) for place in valid})
-    assert [ids_M[slots_BN[place]] for place in valid] == [
-        histories.ids_BN[place] for place in valid
-    ]
 
 
 def test_reading_needs_room(dataset: PreparedDataset) -> None:

@@ -35,7 +35,9 @@ def fresh_model() -> FELRec:
 
 
 def fresh_cache(empty_slot: str = "zero") -> Representations:
-    transport = InProcessTransport(CacheConfig(storage="float64").tables(D), num_shards=2)
+    transport = InProcessTransport(
+        CacheConfig(storage="float64").tables(D), num_shards=2, can_wait=True
+    )
     return Representations(
         CacheClient(transport, timeout_s=5.0),
         storage=torch.float64,
@@ -44,6 +46,7 @@ def fresh_cache(empty_slot: str = "zero") -> Representations:
         empty_slot=empty_slot,  # type: ignore[arg-type]
         absent_row="zero",
         written_shards=(0, 1),
+        hot_rows=100,
     )
 
 

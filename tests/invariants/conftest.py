@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-# On a busy machine, threads that wait for one another cost more than tiny sums take.
-from tests.training.conftest import one_thread
+from tests.training.conftest import no_spare_slots, one_thread
 
-__all__ = ["one_thread"]
+__all__ = ["no_spare_slots", "one_thread"]

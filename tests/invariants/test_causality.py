@@ -20,11 +20,11 @@ from cache_server import CacheClient, InProcessTransport
 from felrec_dist.config import parse_config
 from felrec_dist.data.dataset import Int64s, PreparedDataset
 from felrec_dist.data.histories import Histories, HistoryReader
-from felrec_dist.data.stream import EventBatch
 from felrec_dist.evaluation.counts import RankCounts
 from felrec_dist.evaluation.evaluator import Protocol
 from felrec_dist.model.felrec import EncoderInputs
 from felrec_dist.training.metrics import RunLog
+from felrec_dist.training.representations import PlannedRows
 from felrec_dist.training.trainer import Trainer
 from felrec_dist.training.world import World
 from tests.data.oracle import Row, prepare_rows
@@ -94,20 +94,18 @@ def record(
     assert trainer.train_span.start == TRAIN_START > 0
     items_of_user: dict[int, Tensor] = {}
     users_of_item: dict[int, Tensor] = {}
-    fetch = trainer.representations.fetch
+    take = trainer.representations.take
 
-    def recorded_fetch(
-        step: int, batch: EventBatch, items_of_users: Histories, users_of_items: Histories
-    ) -> EncoderInputs:
-        inputs = fetch(step, batch, items_of_users, users_of_items)
-        for row, position in enumerate(batch.positions.tolist()):
-            length = int(inputs.user_lengths_B[row])
+    def recorded_take(planned: PlannedRows) -> EncoderInputs:
+        inputs = take(planned)
+        for row, position in enumerate(planned.batch.positions.tolist()):
+            length = int(inputs.users.lengths_B[row])
             items_of_user[position] = inputs.items_of_users_BSD[row, :length].clone()
-            length = int(inputs.item_lengths_B[row])
+            length = int(inputs.items.lengths_B[row])
             users_of_item[position] = inputs.users_of_items_BSD[row, :length].clone()
         return inputs
 
-    trainer.representations.fetch = recorded_fetch  # type: ignore[method-assign]
+    trainer.representations.take = recorded_take  # type: ignore[method-assign]
     losses = trainer.train_epoch(0, RunLog(str(folder / "run"), is_writer=False))
     step = trainer.steps_per_epoch
     parts = []
@@ -147,7 +145,9 @@ def build(dataset: PreparedDataset, run_url: str, variant: str, protocol: Protoc
         where="test",
     )
     tables = config.cache.tables(config.model.encoder.width)
-    transport = InProcessTransport(tables, num_shards=3, block_rows=config.cache.block_rows)
+    transport = InProcessTransport(
+        tables, num_shards=3, block_rows=config.cache.block_rows, can_wait=True
+    )
     return Trainer(config, dataset, CacheClient(transport, timeout_s=5.0), World.current())
 
 

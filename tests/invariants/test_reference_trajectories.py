@@ -62,7 +62,7 @@ def test_in_process(trajectory: Trajectory, num_shards: int, tmp_path: Path) -> 
     config = trajectory.config(dataset.url, str(tmp_path / "run"), num_shards=num_shards)
     tables = config.cache.tables(config.model.encoder.width)
     transport = InProcessTransport(
-        tables, num_shards=num_shards, block_rows=config.cache.block_rows
+        tables, num_shards=num_shards, block_rows=config.cache.block_rows, can_wait=True
     )
     replay(trajectory, config, dataset, CacheClient(transport, timeout_s=5.0))
 

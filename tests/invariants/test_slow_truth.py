@@ -78,7 +78,10 @@ def experiment(path: Path, dataset: PreparedDataset, variant: str) -> Experiment
 def build(config: ExperimentConfig, dataset: PreparedDataset) -> Trainer:
     tables = config.cache.tables(config.model.encoder.width)
     transport = InProcessTransport(
-        tables, num_shards=config.cache.num_shards, block_rows=config.cache.block_rows
+        tables,
+        num_shards=config.cache.num_shards,
+        block_rows=config.cache.block_rows,
+        can_wait=True,
     )
     return Trainer(config, dataset, CacheClient(transport, timeout_s=5.0), World.current())
 

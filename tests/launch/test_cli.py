@@ -8,8 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import partial
 from io import StringIO
 from pathlib import Path
@@ -24,43 +23,15 @@ import launch
 from felrec_dist.config import dump_config, load_config
 from felrec_dist.data.dataset import PreparedDataset
 from felrec_dist.errors import CheckpointError
-from felrec_dist.training.checkpoint import read_checkpoint
+from felrec_dist.training.checkpoint import CheckpointStore, read_checkpoint
 from launch import local
-from launch.cli import _print_report, main
+from launch.cli import _print_report
 from launch.progress import TerminalProgress
 from tests import tiny
+from tests.launch.commands import Felrec, assert_failed
 
 ROOT = Path(launch.__path__[0]).parent
 COLUMNS = ("--user", "user", "--item", "item", "--timestamp", "timestamp")
-
-
-@dataclass(frozen=True)
-class Ended:
-    """How a command ended."""
-
-    code: int
-    out: str
-    err: str
-
-
-Felrec = Callable[..., Ended]
-
-
-@pytest.fixture
-def felrec(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Felrec:
-    """Runs the command in this process, as the console script does."""
-
-    def run(*args: object) -> Ended:
-        monkeypatch.setattr(sys, "argv", ["felrec", *map(str, args)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as end:
-            main()
-        code = end.value.code or 0
-        assert isinstance(code, int)
-        out, err = capfd.readouterr()
-        return Ended(code, out, err)
-
-    return run
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -86,19 +57,6 @@ def write_config(folder: Path, dataset: PreparedDataset) -> Path:
     path = folder / "experiment.yaml"
     path.write_text(dump_config(tiny.experiment(dataset.url, str(folder / "run"))))
     return path
-
-
-def assert_failed(ended: Ended, error: str, *words: str) -> None:
-    """One line says what failed, indented lines the rest; no traceback."""
-    assert ended.code == 1
-    assert ended.out == ""
-    # Bars of what was done before may precede it.
-    lines = ended.err[ended.err.index("error: ") :].splitlines()
-    assert lines[0].startswith(f"error: {error}: ")
-    assert all(line.startswith("  ") for line in lines[1:])
-    assert "Traceback" not in ended.err
-    for word in words:
-        assert word in ended.err
 
 
 def test_synthesize_prepare_train_evaluate(felrec: Felrec, tmp_path: Path) -> None:
@@ -313,7 +271,7 @@ def test_wrong_usage_ends_with_2(felrec: Felrec, args: tuple[str, ...]) -> None:
 def test_help_names_the_commands(felrec: Felrec) -> None:
     ended = felrec("--help")
     assert ended.code == 0
-    for command in ("prepare", "download", "synthesize", "train", "evaluate"):
+    for command in ("prepare", "download", "synthesize", "train", "evaluate", "cache"):
         assert command in ended.out
         assert felrec(command, "--help").code == 0
 
@@ -384,11 +342,11 @@ def test_ctrl_c_stops_within_seconds_and_the_run_goes_on(
         process.wait()
     assert process.returncode == 130
     assert "Traceback" not in out + err
-    assert "--resume" in out + err
-
-    committed = sorted(path.parent for path in checkpoints.glob("epoch-*/manifest.json"))
-    done = read_checkpoint(str(committed[-1])).position.epochs_done
-    assert committed[-1].name == f"epoch-{done - 1:04d}"
+    assert "SIGINT: stopping at the end of a step" in out + err
+    newest = CheckpointStore(str(tmp_path / "run")).latest()
+    assert newest is not None
+    assert f"stopped; newest checkpoint: {newest}\nrun the same command again" in out + err
+    epoch = read_checkpoint(newest).position.first_epoch
 
     # The schedule belongs to the run: to see it go on, end it there.
     stopped_config = load_config(str(tmp_path / "run" / "config.yaml"))
@@ -402,7 +360,7 @@ def test_ctrl_c_stops_within_seconds_and_the_run_goes_on(
 
         def begin(self, stage: str, num_events: int) -> None:
             self.lines += (stage,)
-            if stage == f"epoch {done + 2}/400, training":
+            if stage == f"epoch {epoch + 2}/400, training":
                 raise Enough
 
         def advance(self, num_events: int, facts: object) -> None:
@@ -412,10 +370,10 @@ def test_ctrl_c_stops_within_seconds_and_the_run_goes_on(
             self.lines += (line,)
 
     progress = StopAtNext()
-    with pytest.raises(CheckpointError, match="--resume"):
+    with pytest.raises(CheckpointError, match="--no-resume"):
         local.train(stopped_config, resume=False, progress=progress)
     with pytest.raises(Enough):
         local.train(stopped_config, resume=True, progress=progress)
-    assert progress.lines[0] == f"resumed from {committed[-1]}"
-    assert progress.lines[1] == f"epoch {done + 1}/400, training"
-    assert read_checkpoint(str(checkpoints / f"epoch-{done:04d}")).position.epochs_done == done + 1
+    assert progress.lines[0] == f"resumed from {newest}"
+    assert progress.lines[1] == f"epoch {epoch + 1}/400, training"
+    assert read_checkpoint(str(checkpoints / f"epoch-{epoch:04d}")).position.is_validated

@@ -16,6 +16,8 @@ import pytest
 
 pytest.importorskip("ray")
 
+from felrec_dist.training.checkpoint import CheckpointStore, read_checkpoint
+
 ROOT = Path(__file__).parents[2]
 RATINGS = Path(os.environ.get("FELREC_DATA", ROOT.parent / "shared" / "data")) / "ml-100k/u.data"
 FELREC = [str(Path(sys.executable).parent / "felrec")]
@@ -99,7 +101,18 @@ def test_too_few_cpus_are_named(data: Path, tmp_path: Path) -> None:
     assert "the cluster has too few CPUs" in output
 
 
-def test_ctrl_c_stops_cleanly(data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("signals", "code"),
+    [
+        ([signal.SIGINT], 130),
+        pytest.param([signal.SIGTERM], 143, marks=pytest.mark.slow),
+        pytest.param([signal.SIGINT, signal.SIGINT], 130, marks=pytest.mark.slow),
+    ],
+    ids=["Ctrl-C", "SIGTERM", "Ctrl-C twice"],
+)
+def test_stops_cleanly(
+    data: Path, tmp_path: Path, signals: list[signal.Signals], code: int
+) -> None:
     folder = tmp_path / "run"
     process = subprocess.Popen(
         [*FELREC, "train", "configs/ml-100k_q.yaml", f"data.url={data}", f"run.url={folder}"],
@@ -118,15 +131,23 @@ def test_ctrl_c_stops_cleanly(data: Path, tmp_path: Path) -> None:
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.5)
-        process.send_signal(signal.SIGINT)
+        for number in signals:
+            process.send_signal(number)
+            time.sleep(1.5)  # of two at once Python sees one
         output, _ = process.communicate(timeout=60)
     finally:
         if process.poll() is None:
             process.kill()
             process.wait()
-    assert process.returncode == 130, output
-    assert "--resume" in output
-    assert not list(folder.glob("checkpoints/*/manifest.json"))
+    assert process.returncode == code, output
+    assert f"{signals[0].name}: stopping at the end of a step" in output
+    newest = CheckpointStore(str(folder)).latest()
+    if len(signals) == 1:
+        assert newest is not None
+        assert not read_checkpoint(newest).position.is_validated
+        assert f"stopped; newest checkpoint: {newest}\nrun the same command again" in output
+    else:
+        assert "stopped at once" in output
     deadline = time.monotonic() + 20
     while left := processes_in(process.pid):
         assert time.monotonic() < deadline, left

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from felrec_dist.model.encoder import EncoderConfig, HistoryEncoder
 from felrec_dist.model.felrec import EncoderInputs, ModelConfig
+from felrec_dist.model.packing import Packing, pack
 
 N, D = 5, 8
 
@@ -46,15 +48,21 @@ def histories(seed: int, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
     return normal(seed, len(lengths), N, D), torch.tensor(lengths)
 
 
+def packed(lengths_B: Tensor | Sequence[int], padded_rows_per_group: int = 3) -> Packing:
+    """Groups of some equal and some padded lengths."""
+    lengths = np.asarray(lengths_B, dtype=np.int64)
+    return pack(lengths, N, padded_rows_per_group)
+
+
 def encoder_inputs(seed: int, num_events: int) -> EncoderInputs:
     """Random histories of random lengths, float64."""
     generator = torch.Generator().manual_seed(seed)
     lengths_2B = torch.randint(0, N + 1, (2, num_events), generator=generator)
     return EncoderInputs(
         items_of_users_BSD=normal(seed + 1, num_events, N, D),
-        user_lengths_B=lengths_2B[0],
+        users=packed(lengths_2B[0]),
         users_of_items_BSD=normal(seed + 2, num_events, N, D),
-        item_lengths_B=lengths_2B[1],
+        items=packed(lengths_2B[1]),
     )
 
 
@@ -62,7 +70,7 @@ def slice_inputs(inputs: EncoderInputs, start: int, stop: int) -> EncoderInputs:
     """The events start to stop - 1."""
     return EncoderInputs(
         items_of_users_BSD=inputs.items_of_users_BSD[start:stop],
-        user_lengths_B=inputs.user_lengths_B[start:stop],
+        users=packed(inputs.users.lengths_B[start:stop]),
         users_of_items_BSD=inputs.users_of_items_BSD[start:stop],
-        item_lengths_B=inputs.item_lengths_B[start:stop],
+        items=packed(inputs.items.lengths_B[start:stop]),
     )

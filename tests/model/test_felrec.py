@@ -21,7 +21,7 @@ from felrec_dist.model.felrec import (
     _disagreement,
     build_model,
 )
-from tests.model.inputs import D, encoder_inputs, model_config, normal
+from tests.model.inputs import D, encoder_inputs, model_config, normal, packed
 
 BATCH = 6
 
@@ -268,9 +268,9 @@ def test_unseen_items_are_items_without_history(has_identity: bool) -> None:
     found_BD = model.represent_unseen_items(BATCH, identity_BD)
     inputs = EncoderInputs(
         items_of_users_BSD=normal(4, BATCH, 2, D),
-        user_lengths_B=torch.ones(BATCH, dtype=torch.int64),
+        users=packed([1] * BATCH),
         users_of_items_BSD=normal(5, BATCH, 2, D),
-        item_lengths_B=torch.zeros(BATCH, dtype=torch.int64),
+        items=packed([0] * BATCH),
         item_identity_BD=identity_BD,
     )
     torch.testing.assert_close(found_BD, model.represent(inputs)[1], rtol=1e-12, atol=1e-12)

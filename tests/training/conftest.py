@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from felrec_dist.data.dataset import PreparedDataset
+from felrec_dist.training import hot_tier
 from tests import tiny
 
 
@@ -18,6 +19,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(num_threads)
+
+
+@pytest.fixture(autouse=True)
+def no_spare_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiny data would all fit beside the capacity, and nothing would ever leave the hot tier."""
+    monkeypatch.setattr(hot_tier, "SMALLEST_RESERVE", 1)
 
 
 @pytest.fixture(scope="session")

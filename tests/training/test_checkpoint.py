@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +14,20 @@ import numpy as np
 import pytest
 import torch
 
-from cache_server import CacheClient, InProcessTransport, SnapshotError, TableSpec
+from cache_server import (
+    CacheClient,
+    InProcessTransport,
+    SnapshotError,
+    SnapshotPart,
+    TableSpec,
+)
 from felrec_dist.errors import CheckpointError
 from felrec_dist.training.checkpoint import (
     BestEpoch,
     Checkpoint,
     CheckpointStore,
     RunPosition,
+    SnapshotChain,
     read_checkpoint,
 )
 
@@ -31,6 +40,8 @@ MODEL = {
     "bfloat16": torch.tensor([1.5, -2.0], dtype=torch.bfloat16),
 }
 OPTIMIZER = {"encoder.weight:momentum_buffer": torch.full((4, 3), 0.1, dtype=torch.float64)}
+LOSSES = torch.tensor([[3.0, 4.0], [5.0, 8.0]], dtype=torch.float64)
+VALIDATION = [{"total": {"rank": 0.25}}]
 
 
 def build_client(seed: int = 0) -> CacheClient:
@@ -44,11 +55,13 @@ def build_client(seed: int = 0) -> CacheClient:
 
 def position(epoch: int) -> RunPosition:
     return RunPosition(
-        epochs_done=epoch + 1,
+        epoch=epoch,
+        steps=10,
+        is_validated=True,
         global_step=10 * (epoch + 1),
         cache_step=12,
+        next_position=160,
         best=BestEpoch(epoch=0, validation_rank=0.25),
-        training_loss=7.5,
     )
 
 
@@ -56,20 +69,35 @@ def save(
     store: CheckpointStore, epoch: int, *, seed: int = 0, stop_before_commit: bool = False
 ) -> str:
     """Writes a checkpoint as the trainer does; may be killed when the dense state is due."""
-    url = store.begin(epoch)
+    url = store.begin(position(epoch))
     parts = build_client(seed).snapshot(f"{url}/cache")
     if stop_before_commit:
         raise KeyboardInterrupt
+    commit(store, position(epoch), chain_of(position(epoch), parts), seed)
+    return url
+
+
+def chain_of(
+    at: RunPosition, parts: Sequence[SnapshotPart], base: SnapshotChain | None = None
+) -> SnapshotChain:
+    """The base and the parts, as they lie in the checkpoint's folder."""
+    mine = [replace(part, path=f"{at.name}/cache/{part.path}") for part in parts]
+    return SnapshotChain((*(base.parts if base else ()), *mine), at.next_position)
+
+
+def commit(store: CheckpointStore, at: RunPosition, chain: SnapshotChain, seed: int = 0) -> None:
     store.commit(
-        epoch,
-        position=position(epoch),
+        at,
         config=CONFIG,
         dataset_digest="d1",
-        model={**MODEL, "seed": torch.tensor(seed)},
-        optimizer=OPTIMIZER,
-        cache_parts=parts,
+        validation=VALIDATION,
+        tensors={
+            "model": {**MODEL, "seed": torch.tensor(seed)},
+            "optimizer": OPTIMIZER,
+            "losses": {"losses_n2": LOSSES},
+        },
+        chain=chain,
     )
-    return url
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -83,6 +111,9 @@ def assert_whole(checkpoint: Checkpoint, epoch: int, seed: int = 0) -> None:
     assert checkpoint.position == position(epoch)
     assert checkpoint.config == CONFIG
     assert checkpoint.dataset_digest == "d1"
+    assert checkpoint.validation == VALIDATION
+    assert torch.equal(checkpoint.losses_n2, LOSSES)
+    assert checkpoint.training_loss == 10.0
     assert checkpoint.model.keys() == {*MODEL, "seed"}
     assert checkpoint.model["seed"] == seed
     for found, expected in ((checkpoint.model, MODEL), (checkpoint.optimizer, OPTIMIZER)):
@@ -91,7 +122,7 @@ def assert_whole(checkpoint: Checkpoint, epoch: int, seed: int = 0) -> None:
             assert torch.equal(found[name], tensor)
     # Into another number of shards than it came from.
     client = CacheClient(InProcessTransport(TABLES, num_shards=2), timeout_s=5.0)
-    client.restore(checkpoint.cache_prefix, checkpoint.cache_parts, 1, 12)
+    client.restore(checkpoint.cache_prefix, checkpoint.chain.parts, 1, 12)
     assert client.digest() == build_client(seed).digest()
     assert client.digest() != build_client(seed + 1).digest()
 
@@ -102,6 +133,21 @@ def test_what_was_committed_is_read(store: CheckpointStore) -> None:
     assert store.latest() == url == store.epoch_url(0)
     assert_whole(read_checkpoint(url), 0)
     assert_whole(read_checkpoint(f"{url}/"), 0)
+
+
+def test_the_manifest_alone_needs_no_dense_files(store: CheckpointStore) -> None:
+    url = save(store, 0)
+    whole = read_checkpoint(url)
+    fs, path = fsspec.core.url_to_fs(url)
+    for name in ("model", "optimizer", "losses"):
+        fs.rm(f"{path}/{name}.safetensors")
+    manifest = read_checkpoint(url, with_dense=False)
+    assert (manifest.model, manifest.optimizer) == ({}, {})
+    assert manifest.chain == whole.chain
+    assert (manifest.config, manifest.position) == (whole.config, whole.position)
+    rewrite(url, lambda m: m["position"].update(epoch=2), with_digest=False)
+    with pytest.raises(CheckpointError, match="manifest of a checkpoint is damaged"):
+        read_checkpoint(url, with_dense=False)
 
 
 def test_the_latest_is_the_highest_committed_epoch(store: CheckpointStore) -> None:
@@ -120,9 +166,9 @@ def test_other_folders_are_not_checkpoints(store: CheckpointStore) -> None:
         fs.makedirs(f"{path}/{name}")
         fs.pipe_file(f"{path}/{name}/manifest.json", b"{}")
     assert store.latest() == url
-    store.keep(set())
-    left = {name.rstrip("/").rsplit("/", 1)[-1] for name in fs.ls(path, detail=False)}
-    assert left == {"epoch-0009.bak", "epoch-best", "keep-this"}
+    save(store, 2)
+    store.keep(1, None)
+    assert names_in(store) == {"epoch-0002", "epoch-0009.bak", "epoch-best", "keep-this"}
 
 
 def test_keep_removes_the_others_whole(store: CheckpointStore) -> None:
@@ -130,25 +176,86 @@ def test_keep_removes_the_others_whole(store: CheckpointStore) -> None:
         save(store, epoch)
     with pytest.raises(KeyboardInterrupt):
         save(store, 4, stop_before_commit=True)
-    store.keep({1, 3})
-    fs, path = fsspec.core.url_to_fs(store.url)
-    left = {name.rstrip("/").rsplit("/", 1)[-1] for name in fs.ls(path, detail=False)}
-    assert left == {"epoch-0001", "epoch-0003"}
-    for epoch in (1, 3):
+    store.keep(2, BestEpoch(0, 0.5))
+    assert names_in(store) == {"epoch-0000", "epoch-0002", "epoch-0003"}
+    store.keep(1, BestEpoch(2, 0.4))
+    assert names_in(store) == {"epoch-0002", "epoch-0003"}
+    for epoch in (2, 3):
         assert_whole(read_checkpoint(store.epoch_url(epoch)), epoch)
     with pytest.raises(CheckpointError, match=r"no committed checkpoint"):
         read_checkpoint(store.epoch_url(0))
 
 
+def names_in(store: CheckpointStore) -> set[str]:
+    fs, path = fsspec.core.url_to_fs(store.url)
+    return {name.rstrip("/").rsplit("/", 1)[-1] for name in fs.ls(path, detail=False)}
+
+
+def within_epoch(steps: int) -> RunPosition:
+    return replace(
+        position(3), steps=steps, is_validated=False, cache_step=steps, next_position=10 * steps
+    )
+
+
+def test_a_chain_of_checkpoints_shares_its_parts(store: CheckpointStore) -> None:
+    """Each cut holds the rows of its own events; the older folders go, what is needed stays."""
+    client = CacheClient(InProcessTransport(TABLES, num_shards=3), timeout_s=5.0)
+    chain: SnapshotChain | None = None
+    digests = {}
+    for steps in (1, 2, 3):
+        keys = np.arange(10 * (steps - 1), 10 * steps, dtype=np.int64)
+        rows = np.full((10, WIDTH), steps, dtype=np.float32)
+        client.write_back(steps - 1, {side: (keys % 15, keys, rows) for side in TABLES})
+        at = within_epoch(steps)
+        url = store.begin(at)
+        since = None if chain is None else chain.next_position
+        chain = chain_of(at, client.snapshot(f"{url}/cache", steps, since=since), chain)
+        commit(store, at, chain)
+        digests[steps] = client.digest()
+    assert store.latest() == f"{store.url}/epoch-0003-step-00000003"
+    assert not read_checkpoint(f"{store.url}/epoch-0003-step-00000001").chain.wants_full
+    # A third and two thirds of the base's rows were written since.
+    assert read_checkpoint(f"{store.url}/epoch-0003-step-00000003").chain.wants_full
+
+    store.keep(2, None)
+    fs, path = fsspec.core.url_to_fs(f"{store.url}/epoch-0003-step-00000001")
+    left = {name.rpartition("/")[2] for name in fs.find(path)}
+    assert chain is not None
+    assert left == {part.path.rpartition("/")[2] for part in chain.parts if part.since is None}
+    for steps in (2, 3):
+        checkpoint = read_checkpoint(f"{store.url}/{within_epoch(steps).name}")
+        other = CacheClient(InProcessTransport(TABLES, num_shards=2), timeout_s=5.0)
+        other.restore(checkpoint.cache_prefix, checkpoint.chain.parts, 1, steps)
+        assert other.digest() == digests[steps]
+
+    save(store, 3)
+    assert store.latest() == store.epoch_url(3), "the epoch's end comes after its steps"
+    store.keep(1, None)
+    assert not fs.exists(path) or not fs.find(path), "nobody names its parts any more"
+
+
+def test_a_manifest_cannot_lead_out_of_the_folder(store: CheckpointStore) -> None:
+    url = save(store, 0)
+    for path in ("../../elsewhere/cache/x.arrow", "/etc/passwd", "cache/../../../x", "cache/a b"):
+
+        def redirect(manifest: dict[str, Any], path: str = path) -> None:
+            manifest["cache_parts"][0].update(path=path)
+
+        rewrite(url, redirect, with_digest=True)
+        with pytest.raises(CheckpointError, match=r"manifest of a checkpoint is damaged"):
+            read_checkpoint(url)
+
+
 def test_keep_removes_the_manifest_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = CheckpointStore(str(tmp_path))
     url = save(store, 0)
+    save(store, 1)
     monkeypatch.setattr(
         fsspec.core.url_to_fs(url)[0], "rm", stop_after(1, fsspec.core.url_to_fs(url)[0].rm)
     )
     with pytest.raises(KeyboardInterrupt):
-        store.keep(set())
-    assert store.latest() is None
+        store.keep(1, None)
+    assert not Path(url, "manifest.json").exists()
     assert Path(url, "model.safetensors").exists(), "it was stopped in the middle"
 
 
@@ -191,7 +298,7 @@ def test_killed_while_it_replaces_one_of_the_same_epoch_neither_loads(
 def test_killed_within_the_commit_nothing_loads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_files: int
 ) -> None:
-    """At the first dense file, at the second one, and when the manifest is opened."""
+    """At the first dense file, at the second one, and when the manifest is made."""
     store = CheckpointStore(str(tmp_path))
     fs, _ = fsspec.core.url_to_fs(store.url)
     save(store, 0)
@@ -233,7 +340,7 @@ def test_a_manifest_cut_off_while_it_is_written_does_not_appear(
     assert store.latest() is None
 
 
-DENSE = ("model.safetensors", "optimizer.safetensors")
+DENSE = ("model.safetensors", "optimizer.safetensors", "losses.safetensors")
 
 
 @pytest.mark.parametrize("file", DENSE)
@@ -261,15 +368,15 @@ def test_a_damaged_snapshot_is_refused_when_it_is_restored(
     url = save(store, 0)
     checkpoint = read_checkpoint(url)
     client = build_client()
-    for part in checkpoint.cache_parts:
+    for part in checkpoint.chain.parts:
         damaged = f"{checkpoint.cache_prefix}/{part.path}"
         fs, path = fsspec.core.url_to_fs(damaged)
         content = fs.cat_file(path)
         apply_damage(damaged, damage)
-        with pytest.raises(SnapshotError, match=part.path.replace(".", r"\.")):
-            client.restore(checkpoint.cache_prefix, checkpoint.cache_parts, 1, 12)
+        with pytest.raises(SnapshotError, match=re.escape(part.path)):
+            client.restore(checkpoint.cache_prefix, checkpoint.chain.parts, 1, 12)
         fs.pipe_file(path, content)
-    client.restore(checkpoint.cache_prefix, checkpoint.cache_parts, 2, 12)
+    client.restore(checkpoint.cache_prefix, checkpoint.chain.parts, 2, 12)
     assert client.digest() == build_client().digest()
 
 
@@ -328,7 +435,7 @@ def rewrite(url: str, change: Callable[[dict[str, Any]], None], *, with_digest: 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m.update(version=2), r"of another version\n.*\n  got: 2\n  expected: 1"),
+        (lambda m: m.update(version=1), r"of another version\n.*\n  got: 1\n  expected: 2"),
         (lambda m: m.pop("version"), r"of another version"),
         (lambda m: m.update(format="else"), r"this is not a checkpoint\n.*\n.*'felrec-dist"),
         (lambda m: m.pop("format"), r"this is not a checkpoint"),
@@ -353,7 +460,7 @@ def test_a_manifest_that_was_edited_is_refused(tmp_path: Path) -> None:
     url = save(CheckpointStore(str(tmp_path)), 0)
     rewrite(url, lambda m: None, with_digest=False)
     assert_whole(read_checkpoint(url), 0)
-    rewrite(url, lambda m: m["position"].update(epochs_done=2), with_digest=False)
+    rewrite(url, lambda m: m["position"].update(epoch=2), with_digest=False)
     with pytest.raises(CheckpointError, match=r"is damaged\n.*\n  got: SHA-256 .* not the one"):
         read_checkpoint(url)
 

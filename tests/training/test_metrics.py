@@ -11,7 +11,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from felrec_dist.data.dataset import PreparedDataset
-from felrec_dist.training.clock import PHASES, PhaseClock
+from felrec_dist.training.clock import LOADER_PHASES, STEP_PHASES, PhaseClock
 from felrec_dist.training.metrics import RunLog
 from felrec_dist.training.trainer import NoProgress
 from tests import tiny
@@ -25,11 +25,12 @@ STEP_TAGS = {
     "optimizer/learning_rate",
     "optimizer/gradient_norm",
     "speed/train(events per s)",
-    "cache/distinct_ids(share of ids read)",
+    "cache/hot_tier_hits(%)",
     *(
         f"time_share/{phase}(%)"
-        for phase in ("data", "histories", "fetch", "encode", "backward", "exchange", "write_back")
+        for phase in ("wait", "rows", "encode", "backward", "exchange", "write_back")
     ),
+    *(f"loader/{phase}(ms per step)" for phase in ("data", "histories", "fetch")),
 }
 CHANCE_TAGS = {"loss/user_below_chance(nats)", "loss/item_below_chance(nats)"}
 CACHE_TAGS = {
@@ -86,7 +87,9 @@ def test_a_run_logs_every_figure(dataset: PreparedDataset, tmp_path: Path, varia
             assert below == pytest.approx(math.log(41) - user, abs=1e-4)
         shares = [values[step] for tag, values in scalars.items() if tag.startswith("time_share")]
         assert sum(shares) == pytest.approx(100.0, abs=0.01)
-        assert 0 < scalars["cache/distinct_ids(share of ids read)"][step] < 1
+        assert 0 < scalars["cache/hot_tier_hits(%)"][step] <= 100
+        for phase in LOADER_PHASES:
+            assert scalars[f"loader/{phase}(ms per step)"][step] > 0
         assert scalars["optimizer/gradient_norm"][step] > 0
         assert scalars["speed/train(events per s)"][step] > 0
     # The last epoch's five steps are the last entry: their mean loss, and the rate of the last.
@@ -154,11 +157,11 @@ def test_the_clock_gives_each_phase_its_seconds(monkeypatch: pytest.MonkeyPatch)
     times = iter([0.0, 1.0, 10.0, 12.0, 20.0, 24.0])
     monkeypatch.setattr("felrec_dist.training.clock.time.perf_counter", lambda: next(times))
     clock = PhaseClock()
-    with clock("fetch"):
+    with clock("rows"):
         pass
     with clock("encode"):
         pass
-    with pytest.raises(KeyError, match="x"), clock("fetch"):
+    with pytest.raises(KeyError, match="x"), clock("rows"):
         raise KeyError("x")
-    assert clock.take() == {**dict.fromkeys(PHASES, 0.0), "fetch": 5.0, "encode": 2.0}
+    assert clock.take() == {**dict.fromkeys(STEP_PHASES, 0.0), "rows": 5.0, "encode": 2.0}
     assert set(clock.take().values()) == {0.0}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import replace
 
 import numpy as np
@@ -10,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from cache_server import CacheClient, InProcessTransport
+from cache_server import CacheClient, InProcessTransport, ShardLostError
 from felrec_dist.data.dataset import PreparedDataset
 from felrec_dist.data.histories import Histories, HistoryReader
 from felrec_dist.data.stream import EventBatch, EventStream
+from felrec_dist.model.felrec import EncoderInputs
 from felrec_dist.model.identity import identity_rows
 from felrec_dist.training.representations import (
     ITEM,
@@ -21,6 +23,7 @@ from felrec_dist.training.representations import (
     STORAGE_DTYPES,
     USER,
     CacheConfig,
+    PlannedRows,
     Representations,
     last_events,
 )
@@ -33,11 +36,14 @@ def build(
     dtype: torch.dtype = torch.float32,
     num_shards: int = 3,
     identity: bool = False,
+    hot_rows: int = 1000,
 ) -> Representations:
     config = CacheConfig.model_validate(
         {"storage": storage, "num_shards": num_shards, "block_rows": 4}
     )
-    transport = InProcessTransport(config.tables(WIDTH), num_shards=num_shards, block_rows=4)
+    transport = InProcessTransport(
+        config.tables(WIDTH), num_shards=num_shards, block_rows=4, can_wait=True
+    )
     return Representations(
         CacheClient(transport, timeout_s=5.0),
         storage=STORAGE_DTYPES[storage],
@@ -46,7 +52,20 @@ def build(
         empty_slot="identity" if identity else "zero",
         absent_row="identity" if identity else "zero",
         written_shards=tuple(range(num_shards)),
+        hot_rows=hot_rows,
     )
+
+
+def fetch(
+    representations: Representations,
+    step: int,
+    batch: EventBatch,
+    items_of_users: Histories,
+    users_of_items: Histories,
+) -> EncoderInputs:
+    """Plans and takes at once."""
+    planned = representations.plan(step, batch, items_of_users, users_of_items)
+    return representations.take(planned)
 
 
 def batches(dataset: PreparedDataset, size: int = BATCH) -> list[EventBatch]:
@@ -87,6 +106,7 @@ def expected_inputs(
     return rows
 
 
+@pytest.mark.parametrize(("hot_rows", "ahead"), [(0, 0), (0, 2), (5, 1), (5, 3), (1000, 2)])
 @pytest.mark.parametrize("identity", [False, True])
 @pytest.mark.parametrize(
     ("storage", "dtype"),
@@ -99,24 +119,37 @@ def expected_inputs(
     ],
 )
 def test_a_stream_reads_what_a_dictionary_would_hold(
-    dataset: PreparedDataset, storage: str, dtype: torch.dtype, identity: bool
+    dataset: PreparedDataset,
+    storage: str,
+    dtype: torch.dtype,
+    identity: bool,
+    hot_rows: int,
+    ahead: int,
 ) -> None:
-    representations = build(storage, dtype, identity=identity)
+    """However many rows are kept, and however many steps ahead of its writes a plan is made."""
+    representations = build(storage, dtype, identity=identity, hot_rows=hot_rows)
     reader = HistoryReader(dataset, N)
     generator = torch.Generator().manual_seed(0)
     tables: dict[str, dict[int, Tensor]] = {USER: {}, ITEM: {}}
     has_repeats = has_absent = False
-    for step, batch in enumerate(batches(dataset)):
+    plans: deque[PlannedRows] = deque()
+    stream = batches(dataset)
+    for step, batch in enumerate(stream):
+        while len(plans) <= ahead and step + len(plans) < len(stream):
+            planned = step + len(plans)
+            plans.append(
+                representations.plan(planned, stream[planned], *reader.read(stream[planned]))
+            )
         items_of_users, users_of_items = reader.read(batch)
-        inputs = representations.fetch(step, batch, items_of_users, users_of_items)
+        inputs = representations.take(plans.popleft())
         for side, histories, found_BSD, lengths_B in (
-            (ITEM, items_of_users, inputs.items_of_users_BSD, inputs.user_lengths_B),
-            (USER, users_of_items, inputs.users_of_items_BSD, inputs.item_lengths_B),
+            (ITEM, items_of_users, inputs.items_of_users_BSD, inputs.users.lengths_B),
+            (USER, users_of_items, inputs.users_of_items_BSD, inputs.items.lengths_B),
         ):
             assert found_BSD.dtype == dtype
             assert lengths_B.tolist() == histories.lengths_B.tolist()
             # One slot more than the longest history, for the empty slot of the others.
-            assert found_BSD.shape[1] == min(N, int(histories.lengths_B.max()) + 1)
+            assert found_BSD.shape[1:] == (min(N, int(histories.lengths_B.max()) + 1), WIDTH)
             expected = expected_inputs(tables[side], histories, side, dtype, identity)
             for found_SD, rows in zip(found_BSD, expected, strict=True):
                 for found_D, row_D in zip(found_SD, rows, strict=False):
@@ -184,24 +217,23 @@ def test_a_slice_without_any_history_has_one_empty_slot(dataset: PreparedDataset
         ids_BN=np.zeros((3, N), dtype=np.int64), lengths_B=np.zeros(3, dtype=np.int64)
     )
     batch = batches(dataset)[0].slice(0, 3)
-    inputs = representations.fetch(0, batch, empty, empty)
+    inputs = fetch(representations, 0, batch, empty, empty)
     assert inputs.items_of_users_BSD.shape == (3, 1, WIDTH)
-    assert not inputs.items_of_users_BSD.any()
+    assert not inputs.users.lengths_B.any()
 
 
 def test_an_empty_slice_reads_nothing(dataset: PreparedDataset) -> None:
     representations = build()
     batch = batches(dataset)[0].slice(2, 2)
-    inputs = representations.fetch(0, batch, *HistoryReader(dataset, N).read(batch))
+    inputs = fetch(representations, 0, batch, *HistoryReader(dataset, N).read(batch))
     assert inputs.items_of_users_BSD.shape == (0, 1, WIDTH)
-    assert inputs.item_lengths_B.shape == (0,)
+    assert inputs.items.lengths_B.shape == (0,)
 
 
-def test_only_distinct_ids_travel_and_are_counted(dataset: PreparedDataset) -> None:
+def test_only_distinct_ids_that_are_not_here_travel(dataset: PreparedDataset) -> None:
     representations = build()
     batch = batches(dataset)[-1]
     items_of_users, users_of_items = HistoryReader(dataset, N).read(batch)
-    representations.fetch(0, batch, items_of_users, users_of_items)
 
     def ids(histories: Histories) -> npt.NDArray[np.int64]:
         return histories.ids_BN[np.arange(N) < histories.lengths_B[:, None]]
@@ -209,5 +241,47 @@ def test_only_distinct_ids_travel_and_are_counted(dataset: PreparedDataset) -> N
     num_read = len(ids(items_of_users)) + len(ids(users_of_items))
     num_distinct = len(set(ids(items_of_users))) + len(set(ids(users_of_items)))
     assert num_distinct < num_read, "the batch must read ids twice"
-    assert (representations.num_read, representations.num_distinct) == (num_read, num_distinct)
-    assert representations.client.counters.fetched_rows == num_distinct
+    planned = representations.plan(0, batch, items_of_users, users_of_items)
+    assert sum(len(plan.missing_ids) for plan in planned.plans.values()) == num_distinct
+    assert sum(plan.num_distinct for plan in planned.plans.values()) == num_distinct
+    representations.take(planned)
+    assert representations.take_hit_rate() == 0.0
+
+    again = representations.plan(1, batch, items_of_users, users_of_items)
+    assert all(len(plan.missing_ids) == 0 for plan in again.plans.values())
+    representations.take(again)
+    assert representations.take_hit_rate() == 1.0
+
+
+def test_a_new_life_of_the_cache_forgets_the_rows(dataset: PreparedDataset) -> None:
+    representations = build()
+    reader = HistoryReader(dataset, N)
+    first, second = batches(dataset)[-2:]
+    rows_BD = torch.ones(BATCH, WIDTH)
+    representations.write_back(0, first, rows_BD, rows_BD)
+    kept = fetch(representations, 1, second, *reader.read(second))
+    assert kept.items_of_users_BSD.any()
+    representations.flush()
+    representations.begin(representations.client.clear(), step=0)
+    forgotten = fetch(representations, 0, second, *reader.read(second))
+    assert not forgotten.items_of_users_BSD.any()
+
+
+def test_a_write_that_fails_is_raised_by_one_of_the_next(
+    dataset: PreparedDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    representations = build()
+    batch = batches(dataset)[0]
+    rows_BD = torch.ones(BATCH, WIDTH)
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise ShardLostError("shard 1 is gone")
+
+    monkeypatch.setattr(CacheClient, "write_back", fail)
+
+    def write_four_steps() -> None:  # two may be under way before it shows
+        for step in range(4):
+            representations.write_back(step, batch, rows_BD, rows_BD)
+
+    with pytest.raises(ShardLostError, match="shard 1 is gone"):
+        write_four_steps()

@@ -18,12 +18,13 @@ from felrec_dist.errors import (
     ConfigError,
     DatasetError,
     NonFiniteLossError,
+    RunStoppedError,
     TrainingError,
 )
 from felrec_dist.evaluation.evaluator import Protocol
 from felrec_dist.evaluation.result import PartResult, metrics_to_json
 from felrec_dist.model.felrec import ModelOutput
-from felrec_dist.training.checkpoint import CheckpointStore, read_checkpoint
+from felrec_dist.training.checkpoint import CheckpointStore, RunPosition, read_checkpoint
 from felrec_dist.training.run import read_report, report_url, run_evaluation, run_training
 from felrec_dist.training.trainer import NoProgress, RunResult, Trainer
 from felrec_dist.training.world import World
@@ -50,6 +51,21 @@ class StopIn(NoProgress):
         self.done += num_events
         if self.current == self.stage and self.done >= self.num_events:
             raise Stopped
+
+
+class Stages(NoProgress):
+    """Remembers what began, and how many events of it were done."""
+
+    def __init__(self) -> None:
+        self.events: dict[str, int] = {}
+
+    def begin(self, stage: str, num_events: int) -> None:
+        self.events[stage] = num_events
+
+    @property
+    def epochs(self) -> list[int]:
+        """Those that were trained, from 1."""
+        return [int(stage[6]) for stage in self.events if stage.endswith("training")]
 
 
 def state_of(trainer: Trainer, result: RunResult) -> dict[str, Any]:
@@ -113,9 +129,11 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
         tiny.build_trainer(config("parts"), dataset, stopper).fit()
     # The random state of a process that did something else before.
     torch.manual_seed(999)
-    resumed = tiny.build_trainer(config("parts"), dataset)
+    stages = Stages()
+    resumed = tiny.build_trainer(config("parts"), dataset, stages)
     result = resumed.fit(resume=True)
-    assert len(result.validation) == 2, "only the epochs that were missing were trained"
+    assert stages.epochs == [2, 3], "only the epochs that were missing were trained"
+    assert len(result.validation) == 3
     assert state_of(resumed, result) == expected
 
 
@@ -136,9 +154,10 @@ def test_a_run_may_be_stopped_anywhere(
     config = tiny.experiment(dataset.url, str(tmp_path / "parts"))
     with pytest.raises(Stopped):
         tiny.build_trainer(config, dataset, StopIn(stage, num_events)).fit()
-    resumed = tiny.build_trainer(config, dataset)
+    stages = Stages()
+    resumed = tiny.build_trainer(config, dataset, stages)
     result = resumed.fit(resume=True)
-    assert len(result.validation) == epochs_left
+    assert len(stages.epochs) == epochs_left
     assert state_of(resumed, result) == expected
 
 
@@ -150,10 +169,10 @@ def test_a_run_stopped_while_it_saves_goes_on_from_the_epoch_before(
     config = tiny.experiment(dataset.url, str(tmp_path / "parts"))
     real_commit = CheckpointStore.commit
 
-    def commit(self: CheckpointStore, epoch: int, **state: Any) -> None:
-        if epoch == 1:
+    def commit(self: CheckpointStore, position: RunPosition, **state: Any) -> None:
+        if position.epoch == 1:
             raise Stopped
-        real_commit(self, epoch, **state)
+        real_commit(self, position, **state)
 
     with monkeypatch.context() as patch:
         patch.setattr(CheckpointStore, "commit", commit)
@@ -162,7 +181,7 @@ def test_a_run_stopped_while_it_saves_goes_on_from_the_epoch_before(
     resumed = tiny.build_trainer(config, dataset)
     assert Path(resumed.store.epoch_url(1), "cache").exists(), "it was stopped in the middle"
     result = resumed.fit(resume=True)
-    assert len(result.validation) == 2
+    assert len(result.validation) == 3
     assert state_of(resumed, result) == expected
 
 
@@ -175,6 +194,133 @@ def test_a_run_lives_on_any_file_system(dataset: PreparedDataset, tmp_path: Path
     trainer = tiny.build_trainer(config, dataset)
     assert state_of(trainer, trainer.fit(resume=True)) == expected
     assert load_config(f"{config.run.url}/config.yaml") == config
+
+
+EVERY = 4  # of 15 steps: the epoch's last steps are in no cut of their own
+
+
+@pytest.mark.parametrize(
+    ("stage", "steps", "left"),
+    [
+        pytest.param("epoch 1/3, training", 3, {"epoch 1/3, training": 15}, id="before any cut"),
+        pytest.param("epoch 1/3, training", 4, {"epoch 1/3, training": 15}, id="while it saves"),
+        pytest.param("epoch 1/3, training", 6, {"epoch 1/3, training": 11}, id="after a cut"),
+        pytest.param("epoch 2/3, training", 15, {"epoch 2/3, training": 3}, id="last step"),
+        pytest.param("epoch 2/3, validation", 1, {"epoch 2/3, training": 3}, id="validation"),
+        pytest.param("epoch 3/3, training", 9, {"epoch 3/3, training": 7}, id="last epoch"),
+    ],
+)
+@pytest.mark.parametrize("num_shards", [2, 5])
+def test_a_run_goes_on_from_the_middle_of_an_epoch(
+    dataset: PreparedDataset,
+    tmp_path: Path,
+    stage: str,
+    steps: int,
+    left: dict[str, int],
+    num_shards: int,
+) -> None:
+    """To the last bit, with other shards too; ``left`` is in training steps."""
+
+    def config(run: str, num_shards: int = 2) -> ExperimentConfig:
+        changes = {
+            "run": {"log_every_steps": 1},
+            "checkpoint": {"every_steps": EVERY},
+            "cache": {"num_shards": num_shards, "block_rows": 16},
+        }
+        return tiny.experiment(dataset.url, str(tmp_path / run), changes)
+
+    whole = tiny.build_trainer(tiny.experiment(dataset.url, str(tmp_path / "whole")), dataset)
+    expected = state_of(whole, whole.fit())
+    stopper = StopIn(stage, steps * tiny.BATCH)
+    with pytest.raises(Stopped):
+        tiny.build_trainer(config("parts"), dataset, stopper).fit()
+    stages = Stages()
+    resumed = tiny.build_trainer(config("parts", num_shards), dataset, stages)
+    result = resumed.fit(resume=True)
+    first = next(iter(stages.events))
+    assert {first: stages.events[first] // tiny.BATCH} == left
+    assert state_of(resumed, result) == expected
+    # Both the newest and the one before; the best is one of them here, or a third.
+    assert names_of(resumed) >= {"epoch-0002", "epoch-0002-step-00000012"}
+    assert len(names_of(resumed)) <= 3
+
+
+def names_of(trainer: Trainer) -> set[str]:
+    """The committed checkpoints of a local run."""
+    return {path.parent.name for path in Path(trainer.store.url).glob("*/manifest.json")}
+
+
+def test_cuts_within_an_epoch_hold_what_is_new(dataset: PreparedDataset, tmp_path: Path) -> None:
+    """Rows of the cuts add up to more than the cache, and each cut to what its steps wrote."""
+    changes = {"checkpoint": {"every_steps": 2, "keep": 100}}
+    trainer = tiny.build_trainer(
+        tiny.experiment(dataset.url, str(tmp_path / "run"), changes), dataset
+    )
+    trainer.fit()
+    num_full = num_deltas = 0
+    for name in sorted(names_of(trainer)):
+        checkpoint = read_checkpoint(f"{trainer.store.url}/{name}")
+        own = [part for part in checkpoint.chain.parts if part.path.startswith(f"{name}/")]
+        if any(part.since is None for part in own):
+            num_full += 1
+            assert len(own) == len(checkpoint.chain.parts), "a full snapshot needs no other"
+            continue
+        num_deltas += 1
+        first = own[0].since
+        assert first is not None
+        assert checkpoint.position.next_position - first <= 3 * tiny.BATCH
+        for part in own:
+            assert part.num_rows <= checkpoint.position.next_position - first
+    assert num_full >= 3, "at least one full snapshot an epoch"
+    assert num_deltas >= num_full
+
+
+@pytest.mark.parametrize("on_stop", [True, False])
+def test_asked_to_stop_it_stops_at_a_steps_end(
+    dataset: PreparedDataset, tmp_path: Path, on_stop: bool
+) -> None:
+    whole = tiny.build_trainer(tiny.experiment(dataset.url, str(tmp_path / "whole")), dataset)
+    expected = state_of(whole, whole.fit())
+    config = tiny.experiment(
+        dataset.url, str(tmp_path / "run"), {"checkpoint": {"on_stop": on_stop}}
+    )
+    asked = iter(range(20))  # 15 steps and 2 batches of validation: the second epoch's third step
+    trainer = tiny.build_trainer(config, dataset, should_stop=lambda: next(asked, None) is None)
+    newest = "epoch-0001-step-00000004" if on_stop else "epoch-0000"
+    with pytest.raises(RunStoppedError, match=rf"(?s)epoch 1, after 4 steps.*{newest}"):
+        trainer.fit()
+    stages = Stages()
+    resumed = tiny.build_trainer(config, dataset, stages)
+    result = resumed.fit(resume=True)
+    assert stages.events["epoch 2/3, training"] == (11 if on_stop else 15) * tiny.BATCH
+    assert state_of(resumed, result) == expected
+
+
+@pytest.mark.parametrize(("num_asked", "stage"), [(15, "epoch 1/3, validation"), (51, "test")])
+def test_asked_to_stop_it_does_not_finish_an_evaluation(
+    dataset: PreparedDataset, tmp_path: Path, num_asked: int, stage: str
+) -> None:
+    asked = iter(range(num_asked))
+    trainer = tiny.build_trainer(
+        tiny.experiment(dataset.url, str(tmp_path / "run")),
+        dataset,
+        should_stop=lambda: next(asked, None) is None,
+    )
+    with pytest.raises(RunStoppedError, match=f"(?s)asked to stop.*where: {stage}"):
+        trainer.fit()
+
+
+def test_a_checkpoint_within_an_epoch_is_not_tested(
+    dataset: PreparedDataset, tmp_path: Path
+) -> None:
+    changes = {"checkpoint": {"every_steps": EVERY}}
+    trainer = tiny.build_trainer(
+        tiny.experiment(dataset.url, str(tmp_path / "run"), changes), dataset
+    )
+    trainer.fit()
+    checkpoint = read_checkpoint(f"{trainer.store.url}/epoch-0002-step-00000012")
+    with pytest.raises(CheckpointError, match=r"(?s)within an epoch.*got: 12 training steps"):
+        trainer.test(checkpoint)
 
 
 def test_resuming_a_run_that_has_not_begun_begins_it(
@@ -272,7 +418,7 @@ def test_a_folder_with_checkpoints_is_not_begun_again(
     with pytest.raises(Stopped):
         tiny.build_trainer(config, dataset, StopIn("epoch 2/3, training", 1)).fit()
     other = tiny.experiment(dataset.url, str(tmp_path / "run"), {"cache": {"num_shards": 1}})
-    with pytest.raises(CheckpointError, match=r"already holds checkpoints(.*\n)*.*--resume"):
+    with pytest.raises(CheckpointError, match=r"already holds checkpoints(.*\n)*.*--no-resume"):
         tiny.build_trainer(other, dataset).fit()
     assert load_config(str(tmp_path / "run" / "config.yaml")) == config, "it was left alone"
 
@@ -306,7 +452,7 @@ def test_the_best_epoch_is_tested_and_kept(
     equal = [torch.equal(tested, weight) for weight in weights[:3]]
     assert equal == [epoch == best_epoch for epoch in range(3)]
     left = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
-    assert left == {f"epoch-{best_epoch:04d}", "epoch-0002"}
+    assert left == {f"epoch-{best_epoch:04d}", "epoch-0001", "epoch-0002"}
     assert read_checkpoint(trainer.store.epoch_url(2)).position.best == result.best
 
 
@@ -356,7 +502,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(
         trainer.fit()
     latest = trainer.store.latest()
     assert latest == trainer.store.epoch_url(0)
-    assert read_checkpoint(latest).position.epochs_done == 1
+    assert read_checkpoint(latest).position.is_validated
 
 
 def test_weights_that_the_last_step_broke_are_not_saved(

@@ -1,0 +1,138 @@
+"""Dropout whose masks belong to events: they depend on no rank, device, padding or grouping.
+
+Which elements of an event's activations are dropped is a pure function of (seed, epoch, the event's
+position, side, place in the network, slot, dimension). Each event, side and place has a SplitMix64
+stream of its own (Steele, Lea & Flood, 2014), of which an element takes 16 bits: probabilities are
+rounded to 1/65536, and the kept elements are scaled by what was rounded to.
+
+Shape legend: B batch, R rows (a slot of an event's history each), D width.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from numba import njit
+from torch import Tensor, nn
+
+from cache_server.hashing import mix, mix64
+
+_RESOLUTION = 65_536
+_LANES = 4  # 16-bit numbers in a word of 64 bits
+
+_GAMMA = 0x9E3779B97F4A7C15
+_MULTIPLIER_1 = 0xBF58476D1CE4E5B9
+_MULTIPLIER_2 = 0x94D049BB133111EB
+
+
+def dropout_keys(seed: int, epoch: int, positions_B: npt.NDArray[np.int64]) -> Tensor:
+    """Returns (2, B) int64: the keys of the events' user sides, then of their item sides.
+
+    Args:
+        seed: of the run.
+        epoch: counted from 0.
+        positions_B: the events' positions in the total order.
+    """
+    epoch_key = mix64(mix64(np.array([seed], np.int64)).view(np.int64) + np.int64(epoch))
+    event_keys_B = mix64(positions_B ^ epoch_key.view(np.int64)).view(np.int64)
+    sides_21 = np.arange(2, dtype=np.int64)[:, None]
+    keys_2B = mix64((event_keys_B ^ sides_21).ravel()).view(np.int64)
+    return torch.from_numpy(keys_2B.reshape(2, -1))
+
+
+class EventDropout(nn.Module):
+    """Sets elements to zero with a probability in training, and scales up those it keeps."""
+
+    def __init__(self, probability: float, place: int) -> None:
+        """
+        Args:
+            probability: of an element to be dropped, in [0, 1).
+            place: number of this layer in the network; other places draw other masks.
+        """
+        super().__init__()
+        self.threshold = round(probability * _RESOLUTION)
+        self.place = place
+
+    def forward(self, x_RD: Tensor, keys_R: Tensor | None, slot_R: Tensor) -> Tensor:
+        """Returns x with elements dropped.
+
+        Args:
+            x_RD: activations.
+            keys_R: the key of each row's event, of ``dropout_keys``; needed in training only.
+            slot_R: the slot of each row in its event's history.
+        """
+        if not self.training or self.threshold == 0:
+            return x_RD
+        assert keys_R is not None, "dropout in training needs the events' keys"
+        draw = _draw_on_cpu if x_RD.device.type == "cpu" else draw_factors
+        return x_RD * draw(keys_R, slot_R, self.place, x_RD.shape[1], self.threshold, x_RD.dtype)
+
+
+def draw_factors(
+    keys_R: Tensor, slot_R: Tensor, place: int, width: int, threshold: int, dtype: torch.dtype
+) -> Tensor:
+    """Returns (R, D): 0 where an element is dropped, else what it is scaled by; on any device.
+
+    Args:
+        keys_R: int64.
+        slot_R: int64.
+        place: number of the layer.
+        width: D.
+        threshold: an element is dropped with probability threshold / 65536.
+        dtype: of the factors.
+    """
+    num_words = -(-width // _LANES)
+    seeds_R = _mix(keys_R + place) + slot_R * num_words * _signed(_GAMMA)
+    counts_w = torch.arange(num_words, device=keys_R.device)
+    words_Rw = _mix(seeds_R[:, None] + counts_w * _signed(_GAMMA))
+    lanes_RD = words_Rw.view(torch.int16)[:, :width]
+    # The lanes are signed: [-32768, 32767] instead of [0, 65535].
+    keep_RD = lanes_RD >= threshold - _RESOLUTION // 2
+    return keep_RD.to(dtype).mul_(_RESOLUTION / (_RESOLUTION - threshold))
+
+
+def _draw_on_cpu(
+    keys_R: Tensor, slot_R: Tensor, place: int, width: int, threshold: int, dtype: torch.dtype
+) -> Tensor:
+    """``draw_factors`` in one compiled pass, to the same bits."""
+    # NumPy has no bfloat16.
+    drawn_dtype = torch.float32 if dtype == torch.bfloat16 else dtype
+    factors_RD = torch.empty(len(keys_R), width, dtype=drawn_dtype)
+    _fill_factors(keys_R.numpy(), slot_R.numpy(), place, threshold, factors_RD.numpy())
+    return factors_RD.to(dtype)
+
+
+@njit(nogil=True, cache=True)
+def _fill_factors(keys_R, slot_R, place, threshold, factors_RD):  # type: ignore[no-untyped-def]  # compiled
+    width = factors_RD.shape[1]
+    num_words = (width + 3) // 4
+    scale = 65536.0 / (65536 - threshold)
+    for i in range(keys_R.size):
+        state = mix(np.uint64(keys_R[i]) + np.uint64(place))
+        state += np.uint64(slot_R[i] * num_words) * np.uint64(0x9E3779B97F4A7C15)
+        for start in range(0, width, 4):
+            # What mix adds to its argument makes this the next number of the stream.
+            word = mix(state)
+            state += np.uint64(0x9E3779B97F4A7C15)
+            for lane in range(min(4, width - start)):
+                # Of the lane's sign bit, flipped, as in draw_factors.
+                number = ((word >> np.uint64(16 * lane)) & np.uint64(0xFFFF)) ^ np.uint64(0x8000)
+                factors_RD[i, start + lane] = scale if np.int64(number) >= threshold else 0.0
+
+
+def _mix(x: Tensor) -> Tensor:
+    """``cache_server.hashing.mix`` on any device; int64 wraps as uint64 does."""
+    z = x + _signed(_GAMMA)
+    z = (z ^ _shift(z, 30)) * _signed(_MULTIPLIER_1)
+    z = (z ^ _shift(z, 27)) * _signed(_MULTIPLIER_2)
+    return z ^ _shift(z, 31)
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    """The shift to the right that fills with zeros, not with the sign."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _signed(word: int) -> int:
+    return word - 2**64 if word >= 2**63 else word
