@@ -16,6 +16,7 @@ import ray
 from ray.exceptions import (
     ActorAlreadyExistsError,
     GetTimeoutError,
+    OutOfMemoryError,
     RayActorError,
     RayTaskError,
 )
@@ -348,7 +349,8 @@ def _reply(shard: int, ref: Any, deadline: float) -> Reply:
     try:
         # The value may still have to travel from another node.
         return Reply(shard, ray.get(ref, timeout=max(1.0, deadline - time.monotonic())))
-    except RayActorError as error:
+    except (RayActorError, OutOfMemoryError) as error:
+        # Ray's memory monitor kills a process, and says so with an error of its own.
         return Reply(shard, error=_lost(error))
     except RayTaskError as error:
         # Ray wraps what the shard raised; the caller sees the same error as in process.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,8 +18,8 @@ GROUP_TIMEOUT_S = 60.0
 
 
 @contextmanager
-def ray_session(num_cpus: int = 2) -> Iterator[None]:
-    """Starts a small Ray and stops it."""
+def ray_session(num_cpus: int = 2, **settings: Any) -> Iterator[None]:
+    """Starts a small Ray and stops it; settings go to ``ray.init``."""
     with pytest.MonkeyPatch.context() as environment:
         # Ray asks for a token as soon as one lies in the home folder; the tests need none.
         environment.setenv("RAY_AUTH_MODE", "disabled")
@@ -28,6 +29,7 @@ def ray_session(num_cpus: int = 2) -> Iterator[None]:
             configure_logging=False,
             log_to_driver=False,
             object_store_memory=100 * 2**20,
+            **settings,
         )
         try:
             yield
@@ -55,18 +57,55 @@ class Rank:
             dist.destroy_process_group()
 
 
+class RayRanks:
+    """W ranks that Ray placed, for one run after the other; a process costs seconds to start."""
+
+    def __init__(self, world_size: int) -> None:
+        self.world_size = world_size
+        self._actors: list[Any] = []
+
+    def run(
+        self, folder: Path, timeout_s: float, function: Callable[..., Any], *args: Any
+    ) -> list[Any]:
+        """Runs a function on all ranks, in a process group of its own.
+
+        Args:
+            folder: an existing folder for the rendezvous.
+            timeout_s: limit for all of it.
+            function: at the top of a module, as its arguments it must be picklable.
+
+        Returns:
+            What each rank returned, in rank order.
+        """
+        if not self._actors:
+            remote_class = ray.remote(num_cpus=0, max_restarts=0)(Rank)
+            self._actors = [remote_class.remote() for _ in range(self.world_size)]
+        rendezvous = str(folder / f"rendezvous-{time.monotonic_ns()}")
+        try:
+            calls = [
+                actor.run.remote(function, rank, self.world_size, rendezvous, *args)
+                for rank, actor in enumerate(self._actors)
+            ]
+            results: list[Any] = ray.get(calls, timeout=timeout_s)
+        except BaseException:
+            # The others may wait for the rank that failed; the next run gets new ones.
+            self.stop()
+            raise
+        return results
+
+    def stop(self) -> None:
+        """Ends the processes."""
+        for actor in self._actors:
+            ray.kill(actor)
+        self._actors = []
+
+
 def run_on_ray_ranks(
     world_size: int, folder: Path, timeout_s: float, function: Callable[..., Any], *args: Any
 ) -> list[Any]:
-    """Runs a function on W ranks that Ray placed; returns what each returned, in rank order."""
-    ranks = [ray.remote(num_cpus=0, max_restarts=0)(Rank).remote() for _ in range(world_size)]
+    """One run of ``RayRanks``."""
+    ranks = RayRanks(world_size)
     try:
-        calls = [
-            actor.run.remote(function, rank, world_size, str(folder / "rendezvous"), *args)
-            for rank, actor in enumerate(ranks)
-        ]
-        results: list[Any] = ray.get(calls, timeout=timeout_s)
-        return results
+        return ranks.run(folder, timeout_s, function, *args)
     finally:
-        for actor in ranks:
-            ray.kill(actor)
+        ranks.stop()

@@ -52,12 +52,17 @@ def prepare_events(trajectory: Trajectory, folder: Path) -> PreparedDataset:
     )
 
 
-def test_in_process(trajectory: Trajectory, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "num_shards",
+    [3, pytest.param(1, marks=pytest.mark.slow), pytest.param(8, marks=pytest.mark.slow)],
+)
+def test_in_process(trajectory: Trajectory, num_shards: int, tmp_path: Path) -> None:
+    """One rank; ``test_trajectories_on_ray.py`` has two and four on the same numbers of shards."""
     dataset = prepare_events(trajectory, tmp_path)
-    config = trajectory.config(dataset.url, str(tmp_path / "run"), num_shards=3)
+    config = trajectory.config(dataset.url, str(tmp_path / "run"), num_shards=num_shards)
     tables = config.cache.tables(config.model.encoder.width)
     transport = InProcessTransport(
-        tables, num_shards=3, block_rows=config.cache.block_rows, can_wait=True
+        tables, num_shards=num_shards, block_rows=config.cache.block_rows, can_wait=True
     )
     replay(trajectory, config, dataset, CacheClient(transport, timeout_s=5.0))
 
