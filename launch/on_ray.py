@@ -10,11 +10,11 @@ import hashlib
 import math
 import os
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import ray
@@ -33,6 +33,7 @@ from cache_server.ray_transport import (
     is_alive,
 )
 from felrec_dist.config import (
+    ClusterConfig,
     ExperimentConfig,
     absolute_url,
     parse_config,
@@ -42,6 +43,7 @@ from felrec_dist.errors import (
     CacheTimeoutError,
     ConfigError,
     FelrecError,
+    RunStoppedError,
     ShardLostError,
     StorageError,
     WorkerFailedError,
@@ -51,11 +53,13 @@ from felrec_dist.training.checkpoint import CheckpointStore
 from felrec_dist.training.run import run_evaluation, run_training
 from felrec_dist.training.trainer import Progress
 from felrec_dist.training.world import World
+from launch.board import BoardProgress, create_board, shown
 from launch.stopping import signals_kept
 
-REPORT_INTERVAL_S = 0.5
 STOP_TIMEOUT_S = 10.0
 LONGEST_DELAY_S = 30.0
+# A worker trains in a thread of its own, so another answers, however long a step is.
+SILENCE_TIMEOUT_S = 600.0
 CONNECT_TIMEOUT_S = 5.0
 # A run whose driver was killed: its shards end when Ray has noticed.
 OLD_SHARDS_TIMEOUT_S = 20.0
@@ -104,18 +108,25 @@ def run(
         _check_resources(config, wait_s=0.0)
         if job.checkpoint_url is None:
             _check_is_alone(config.run.url)
-        while True:
-            try:
-                _attempt(config, job, progress, should_stop)
-                return
-            except _RECOVERABLE as error:
-                delay_s = patience.next_delay(error)
-                progress.say(f"lost: {error.what} ({error.where})")
-                progress.say(f"going back to {patience.latest or 'the beginning'}")
-                time.sleep(delay_s)
-                # A lost node may be replaced, or come back.
-                _check_resources(config, wait_s=config.cluster.start_timeout_s)
-                job = replace(job, resume=True)
+        # One for all attempts: a process less to start while everybody waits.
+        board = create_board()
+        try:
+            with shown(board, progress, should_stop):
+                while True:
+                    try:
+                        _attempt(config, job, board)
+                        return
+                    except _RECOVERABLE as error:
+                        delay_s = patience.next_delay(error)
+                        progress.say(f"lost: {error.what} ({error.where})")
+                        progress.say(f"going back to {patience.latest or 'the beginning'}")
+                    pause = partial(_pause, should_stop=should_stop, latest=patience.latest)
+                    pause(delay_s)
+                    # A lost node may be replaced, or come back.
+                    _check_resources(config, config.cluster.start_timeout_s, pause)
+                    job = replace(job, resume=True)
+        finally:
+            ray.kill(board)
 
 
 class _Patience:
@@ -128,19 +139,39 @@ class _Patience:
         self.latest: str | None = None
 
     def next_delay(self, error: FelrecError) -> float:
-        """Returns the seconds to wait before the next attempt, or raises ``error``."""
-        latest = self._store.latest()
+        """Returns the seconds to wait before the next attempt, or raises ``error``.
+
+        After a new checkpoint the first attempt comes at once: most often one process was lost.
+        """
+        latest = self.latest
+        with suppress(StorageError):  # what cannot be read is no progress, and may be the failure
+            latest = self._store.latest()
         if latest != self.latest:
             self.latest, self._num_failures = latest, 0
         self._num_failures += 1
         if self._num_failures > self._max_failures:
             raise error
-        return min(2.0 ** (self._num_failures - 1), LONGEST_DELAY_S)
+        return min(2.0 ** (self._num_failures - 1) - 1.0, LONGEST_DELAY_S)
 
 
-def _attempt(
-    config: ExperimentConfig, job: Job, progress: Progress, should_stop: Callable[[], bool]
-) -> None:
+def _pause(seconds: float, should_stop: Callable[[], bool], latest: str | None) -> None:
+    """Waits, unless the run is asked to stop."""
+    deadline = time.monotonic() + seconds
+    while True:
+        if should_stop():
+            raise RunStoppedError(
+                "the run was asked to stop",
+                where="between two attempts",
+                got=f"newest checkpoint: {latest or 'none'}",
+                remedy="run the same command again to go on",
+            )
+        left_s = deadline - time.monotonic()
+        if left_s <= 0.0:
+            return
+        time.sleep(min(left_s, 0.5))
+
+
+def _attempt(config: ExperimentConfig, job: Job, board: Any) -> None:
     shards = create_shard_actors(
         config.cache.tables(config.model.encoder.width),
         num_shards=config.cache.num_shards,
@@ -149,13 +180,10 @@ def _attempt(
         namespace=NAMESPACE,
         timeout_s=config.cluster.start_timeout_s,
     )
-    board = ray.remote(num_cpus=0, max_restarts=0)(ProgressBoard).remote()
     try:
-        with _shown(board, progress, should_stop):
-            _fit(config, job, shards, board)
+        _fit(config, job, shards, board)
     finally:
         destroy_shard_actors(shards)
-        ray.kill(board)
 
 
 def cache_name(run_url: str) -> str:
@@ -218,33 +246,61 @@ def _fit(config: ExperimentConfig, job: Job, shards: ShardHandles, board: Any) -
     if use_gpu:
         resources["GPU"] = cluster.gpus_per_worker
     trainer = _Trainer(
-        _work,
-        train_loop_config={
-            "config": config.model_dump(mode="json"),
-            "job": job,
-            "shards": shards,
-            "board": board,
-        },
+        # Not as Ray Train's config: its controller would read that, and import all that we are.
+        partial(_work, config.model_dump(mode="json"), job, shards, board),
         scaling_config=ray.train.ScalingConfig(
             num_workers=cluster.num_workers, use_gpu=use_gpu, resources_per_worker=resources
         ),
         torch_config=ray.train.torch.TorchConfig(
-            backend="nccl" if use_gpu else "gloo", timeout_s=int(cluster.collective_timeout_s)
+            backend="nccl" if use_gpu else "gloo",
+            timeout_s=math.ceil(cluster.collective_timeout_s),
         ),
         run_config=ray.train.RunConfig(
             name="ray",
             # Ray Train keeps a few bytes of its own there; its default is the user's home.
             storage_path=None if "://" in config.run.url else config.run.url,
-            failure_config=ray.train.FailureConfig(max_failures=0),
+            # Workers that it started again would find shards that are not as they left them.
+            failure_config=ray.train.FailureConfig(
+                max_failures=0, controller_failure_limit=0, max_preemption_failures=0
+            ),
         ),
     )
     try:
-        trainer.fit()
+        with _environment(_ray_train_settings(cluster)):
+            trainer.fit()
     except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
         raise _cause(error) from error
     except KeyboardInterrupt:
         trainer.abort()
         raise
+
+
+def _ray_train_settings(cluster: ClusterConfig) -> dict[str, str]:
+    """Returns environment variables of Ray Train, which knows no other way to set these."""
+    return {
+        # How often it looks whether workers live.
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+        # A worker that does not even answer; the other ranks notice in a collective, if any are.
+        "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(
+            min(cluster.collective_timeout_s, SILENCE_TIMEOUT_S)
+        ),
+        # The wait for free CPUs and GPUs.
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(cluster.start_timeout_s),
+        # One process less to start: nobody here asks it whether a node will be taken away.
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    }
+
+
+@contextmanager
+def _environment(settings: Mapping[str, str]) -> Iterator[None]:
+    """Sets variables while the body runs; those that are set already stay as they are."""
+    missing = {name: value for name, value in settings.items() if name not in os.environ}
+    os.environ.update(missing)
+    try:
+        yield
+    finally:
+        for name in missing:
+            del os.environ[name]
 
 
 def _cause(error: Exception) -> FelrecError:
@@ -258,47 +314,45 @@ def _cause(error: Exception) -> FelrecError:
             seen = (
                 getattr(seen, "_base_exc", None) or getattr(seen, "cause", None) or seen.__cause__
             )
-    ranks = ", ".join(str(rank) for rank in sorted(failures)) or "unknown"
+    ranks = ", ".join(str(rank) for rank in sorted(failures))
     return WorkerFailedError(
-        "a worker failed",
-        where=f"rank {ranks}",
+        "a worker failed" if failures else "Ray Train failed",
+        where=f"rank {ranks}" if failures else "its controller",
         got=error,
         remedy="the last checkpoint is intact: run the same command again to go on from it",
     )
 
 
-def _work(task: dict[str, Any]) -> None:
+def _work(tree: dict[str, Any], job: Job, shards: ShardHandles, board: Any) -> None:
     """The body of each worker."""
-    config = parse_config(task["config"], where="driver")
-    job: Job = task["job"]
-    client = CacheClient(RayTransport(task["shards"]), timeout_s=config.cache.timeout_s)
+    config = parse_config(tree, where="driver")
     world = World.current(ray.train.torch.get_device())
     if world.device.type == "cpu":
         torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
-    progress = BoardProgress(task["board"])
+    progress = BoardProgress(board)
     try:
-        if job.checkpoint_url is None:
-            run_training(
-                config,
-                client,
-                world,
-                resume=job.resume,
-                progress=progress,
-                should_stop=progress.should_stop,
-            )
-        else:
-            run_evaluation(
-                config,
-                client,
-                world,
-                checkpoint_url=job.checkpoint_url,
-                protocol=job.protocol,
-                progress=progress,
-                should_stop=progress.should_stop,
-            )
+        with CacheClient(RayTransport(shards), timeout_s=config.cache.timeout_s) as client:
+            if job.checkpoint_url is None:
+                run_training(
+                    config,
+                    client,
+                    world,
+                    resume=job.resume,
+                    progress=progress,
+                    should_stop=progress.should_stop,
+                )
+            else:
+                run_evaluation(
+                    config,
+                    client,
+                    world,
+                    checkpoint_url=job.checkpoint_url,
+                    protocol=job.protocol,
+                    progress=progress,
+                    should_stop=progress.should_stop,
+                )
     finally:
         progress.flush()
-        client.close()
 
 
 @contextmanager
@@ -383,7 +437,9 @@ def _check_is_alone(run_url: str) -> None:
         )
 
 
-def _check_resources(config: ExperimentConfig, wait_s: float) -> None:
+def _check_resources(
+    config: ExperimentConfig, wait_s: float, pause: Callable[[float], None] = time.sleep
+) -> None:
     """Raises ConfigError unless the cluster has what the workers need, now or soon."""
     cluster = config.cluster
     need = {
@@ -395,7 +451,7 @@ def _check_resources(config: ExperimentConfig, wait_s: float) -> None:
     while any(amount > have.get(name, 0.0) for name, amount in need.items()):
         if time.monotonic() >= deadline:
             break
-        time.sleep(1.0)
+        pause(1.0)
         have = ray.cluster_resources()
     for name, amount in need.items():
         if amount > have.get(name, 0.0):
@@ -407,102 +463,3 @@ def _check_resources(config: ExperimentConfig, wait_s: float) -> None:
                 remedy="lower cluster.num_workers, or cluster.cpus_per_worker and gpus_per_worker, "
                 "or use --local",
             )
-
-
-class ProgressBoard:
-    """An actor that carries the first rank's reports to the driver, and its wish to stop back."""
-
-    def __init__(self) -> None:
-        self.reports: list[tuple[Any, ...]] = []
-        self.stopping = False
-
-    def stop(self) -> None:
-        self.stopping = True
-
-    def is_stopping(self) -> bool:
-        return self.stopping
-
-    def post(self, reports: list[tuple[Any, ...]]) -> None:
-        self.reports += reports
-
-    def take(self) -> list[tuple[Any, ...]]:
-        taken, self.reports = self.reports, []
-        return taken
-
-
-class BoardProgress:
-    """Reports of a worker, sent at most every half second; and whether it should stop."""
-
-    def __init__(self, board: Any) -> None:
-        self.board = board
-        self._stopping = False
-        self._question: Any = None
-        self._asked = -math.inf
-        self._waiting: list[tuple[Any, ...]] = []
-        self._sent = 0.0
-
-    def begin(self, stage: str, num_events: int) -> None:
-        self._add(("begin", stage, num_events))
-
-    def advance(self, num_events: int, facts: Mapping[str, float]) -> None:
-        self._add(("advance", num_events, {name: float(value) for name, value in facts.items()}))
-
-    def say(self, line: str) -> None:
-        self._add(("say", line))
-
-    def should_stop(self) -> bool:
-        """Whether the board said so; asks it now and then, and never waits for the answer."""
-        if self._question is not None and ray.wait([self._question], timeout=0)[0]:
-            with suppress(ray.exceptions.RayError):  # the driver is gone, and Ray ends the workers
-                self._stopping = ray.get(self._question)
-            self._question = None
-        if self._question is None and time.monotonic() - self._asked >= REPORT_INTERVAL_S:
-            self._asked = time.monotonic()
-            self._question = self.board.is_stopping.remote()
-        return self._stopping
-
-    def _add(self, report: tuple[Any, ...]) -> None:
-        self._waiting.append(report)
-        if time.monotonic() - self._sent >= REPORT_INTERVAL_S:
-            self._send()
-
-    def _send(self) -> Any:
-        sent, self._waiting = self._waiting, []
-        self._sent = time.monotonic()
-        return self.board.post.remote(sent)
-
-    def flush(self) -> None:
-        """Waits, with a limit, until the last reports have arrived."""
-        if self._waiting:
-            ray.wait([self._send()], timeout=STOP_TIMEOUT_S)
-
-
-@contextmanager
-def _shown(board: Any, progress: Progress, should_stop: Callable[[], bool]) -> Iterator[None]:
-    """Draws what the board holds, and tells it to stop, while the body runs."""
-    stop = threading.Event()
-
-    def draw() -> None:
-        for name, *facts in ray.get(board.take.remote(), timeout=STOP_TIMEOUT_S):
-            getattr(progress, name)(*facts)
-
-    def watch() -> None:
-        while not stop.wait(REPORT_INTERVAL_S):
-            try:
-                if should_stop():
-                    board.stop.remote()
-                draw()
-            except (ray.exceptions.RayError, TimeoutError):
-                return  # the run's own error says more
-
-    thread = threading.Thread(target=watch, name="progress", daemon=True)
-    thread.start()
-    try:
-        yield
-        stop.set()
-        thread.join(STOP_TIMEOUT_S)
-        with suppress(ray.exceptions.RayError, TimeoutError):  # its node is gone, the run is not
-            draw()
-    finally:
-        stop.set()
-        thread.join(STOP_TIMEOUT_S)

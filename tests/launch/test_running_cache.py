@@ -6,7 +6,6 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +48,6 @@ def run_with(
 
     with monkeypatch.context() as patch:
         patch.setattr(on_ray, "_fit", fit)
-        patch.setattr(on_ray, "_shown", lambda board, progress: nullcontext())
         on_ray.run(config, job or on_ray.Job(), TerminalProgress(Console(quiet=True)))
 
 
@@ -123,7 +121,7 @@ def test_one_folder_has_one_run(
 def test_a_run_with_a_dead_shard_is_not_compared(
     session: None, felrec: Felrec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = tiny.experiment("none", str(tmp_path / "run"))
+    config = tiny.experiment("none", str(tmp_path / "run"), {"cluster": {"max_failures": 0}})
 
     def die(shards: ShardHandles) -> None:
         ray.kill(shards.actors[1])

@@ -1,0 +1,182 @@
+"""A training on Ray, and a thread that kills its processes while it goes on."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+from felrec_dist.config import ExperimentConfig
+from felrec_dist.data.dataset import PreparedDataset
+from felrec_dist.training.checkpoint import CheckpointStore
+from felrec_dist.training.trainer import NoProgress
+from launch import on_ray
+from tests import tiny
+from tests.processes import actors
+
+WORKERS, SHARDS, EPOCHS = 2, 2, 4
+# What may be killed, by the class of its actor.
+KINDS = {"worker": "RayTrainWorker", "shard": "ShardActor", "controller": "TrainController"}
+
+# Each kill gets so many training steps of its own, of tens of milliseconds each.
+_STEPS_PER_KILL = 24
+_LONGEST_DELAY_S = 0.3
+_POLL_S = 0.02
+_NAME = re.compile(r"epoch-(\d+)(?:-step-(\d+))?")
+
+
+@dataclass(frozen=True)
+class Kill:
+    """A kill and what became of it.
+
+    Attributes:
+        kind: of ``KINDS``.
+        step: global step of the newest checkpoint then.
+        noticed_s: seconds until the driver knew.
+        recovered_s: seconds until the first checkpoint after it; it takes a few training steps.
+            None when the run ended without another one.
+    """
+
+    kind: str
+    step: int
+    noticed_s: float
+    recovered_s: float | None
+
+
+def prepare_events(folder: Path, num_kills: int) -> PreparedDataset:
+    """A data set with enough steps an epoch for so many kills in a run."""
+    num_steps = max(15, -(-num_kills * _STEPS_PER_KILL // EPOCHS))
+    # Training has eight tenths of the events.
+    return tiny.prepare_events(folder, num_events=num_steps * tiny.BATCH * 10 // 8 + tiny.BATCH)
+
+
+def experiment(data_url: str, run_url: str) -> ExperimentConfig:
+    """In float64, with 2 workers, 2 shards and a checkpoint every 4 steps."""
+    return tiny.experiment(
+        data_url,
+        run_url,
+        {
+            "training": {"dtype": "float64", "schedule": {"epochs": EPOCHS, "warmup_epochs": 1}},
+            "cache": {"num_shards": SHARDS, "block_rows": 16, "storage": "float64"},
+            "checkpoint": {"every_steps": 4},
+            "cluster": {"num_workers": WORKERS},
+        },
+    )
+
+
+def train(config: ExperimentConfig, killer: Killer | None = None, timeout_s: float = 600.0) -> None:
+    """Runs to the end, within a time limit.
+
+    Raises:
+        RunStoppedError: the time was over.
+    """
+    deadline = time.monotonic() + timeout_s
+
+    def is_over() -> bool:
+        return time.monotonic() > deadline
+
+    if killer is None:
+        on_ray.run(config, on_ray.Job(), NoProgress(), is_over)
+        return
+    with killer:
+        on_ray.run(config, on_ray.Job(), killer, is_over)
+
+
+class Killer(NoProgress):
+    """Kills -9 one process after the other while its body trains.
+
+    Which and when is drawn from the seed: the kills are spread over the run's steps, each comes a
+    random moment after a checkpoint, and none before the run made a checkpoint since the last one.
+    It is the progress of its run, too: that is how it learns what the driver noticed.
+
+    Args:
+        config: of the run.
+        num_steps: of the whole run.
+        num_kills: in it.
+        seed: of what is drawn.
+        kinds: what may be killed, of ``KINDS``.
+    """
+
+    def __init__(
+        self,
+        config: ExperimentConfig,
+        num_steps: int,
+        num_kills: int,
+        seed: int,
+        kinds: Sequence[str] = ("worker", "shard"),
+    ) -> None:
+        self.kills: list[Kill] = []
+        self.lines: list[str] = []
+        self._store = CheckpointStore(config.run.url)
+        self._steps_per_epoch = num_steps // config.training.schedule.epochs
+        self._draw = np.random.default_rng(seed)
+        self._kinds = kinds
+        # In each of as many equal parts of the run; the last ends a little before the run does.
+        starts = np.linspace(0, num_steps - _STEPS_PER_KILL / 2, num_kills, endpoint=False)
+        self._due = starts + self._draw.uniform(0, starts[1] - starts[0], num_kills)
+        self._num_lost = 0
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._kill_all, name="killer", daemon=True)
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
+        self._num_lost += line.startswith("lost: ")
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._is_over.set()
+        self._thread.join()
+
+    def _kill_all(self) -> None:
+        for due in self._due:
+            if not self._wait(lambda due=due: self._steps_done() >= due):  # type: ignore[misc]
+                return
+            self._is_over.wait(self._draw.uniform(0, _LONGEST_DELAY_S))
+            kind = str(self._draw.choice(self._kinds))
+            pids = actors(KINDS[kind])
+            if not pids:  # the run has just ended
+                return
+            step, num_lost = self._steps_done(), self._num_lost
+            began = time.monotonic()
+            os.kill(int(self._draw.choice(pids)), signal.SIGKILL)
+            if not self._wait(lambda lost=num_lost: self._num_lost > lost):  # type: ignore[misc]
+                return
+            noticed_s = time.monotonic() - began
+            # What was committed until now may be the dead attempt's.
+            done = self._steps_done()
+            is_recovered = self._wait(lambda done=done: self._steps_done() > done)  # type: ignore[misc]
+            recovered_s = time.monotonic() - began if is_recovered else None
+            self.kills.append(Kill(kind, step, noticed_s, recovered_s))
+
+    def _steps_done(self) -> int:
+        """Global steps behind the newest checkpoint."""
+        newest = self._store.latest()
+        match = _NAME.search(newest or "")
+        if match is None:
+            return 0
+        epoch, step = int(match[1]), int(match[2] or self._steps_per_epoch)
+        return epoch * self._steps_per_epoch + step
+
+    def _wait(self, condition: Callable[[], bool]) -> bool:
+        """Returns whether the condition came true before the run ended."""
+        while not condition():
+            if self._is_over.wait(_POLL_S):
+                return False
+        return True
