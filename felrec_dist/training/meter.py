@@ -115,7 +115,7 @@ class StepMeter:
             phase_seconds=seconds,
             loader_seconds=loader_seconds,
             num_steps=len(losses_n2),
-            hit_rate=self.representations.take_hit_rate(),
+            traffic=self.representations.take_traffic(),
         )
         self.read_n2.append(losses_n2)
         num_events = self.num_events

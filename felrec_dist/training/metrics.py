@@ -19,6 +19,7 @@ from torch.utils.tensorboard.summary import scalar
 from cache_server import ShardStats
 from felrec_dist.errors import StorageError, storage_errors
 from felrec_dist.evaluation.result import Metrics
+from felrec_dist.training.representations import CacheTraffic
 
 # An object store writes a file anew for every piece that is added to it.
 WRITE_INTERVAL_S = 10.0
@@ -72,7 +73,7 @@ class RunLog:
         phase_seconds: Mapping[str, float],
         loader_seconds: Mapping[str, float],
         num_steps: int,
-        hit_rate: float,
+        traffic: CacheTraffic,
     ) -> None:
         """Logs means over the steps since the last call.
 
@@ -85,7 +86,11 @@ class RunLog:
             "optimizer/learning_rate": learning_rate,
             "optimizer/gradient_norm": gradient_norm,
             "speed/train(events per s)": events_per_s,
-            "cache/hot_tier_hits(%)": 100.0 * hit_rate,
+            "cache/hot_tier_hits(%)": 100.0 * traffic.hit_rate,
+            "cache/fetched(bytes per step)": traffic.fetched_bytes / num_steps,
+            "cache/fetch_wait(ms per step)": 1000.0 * traffic.fetch_wait_s / num_steps,
+            "cache/written(bytes per step)": traffic.written_bytes / num_steps,
+            "cache/write_wait(ms per step)": 1000.0 * traffic.write_wait_s / num_steps,
         }
         if chance_loss is not None:
             scalars["loss/user_below_chance(nats)"] = chance_loss - user_loss

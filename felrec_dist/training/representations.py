@@ -15,7 +15,7 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from cache_server import CacheClient, FetchedRows, TableSpec
+from cache_server import CacheClient, CacheCounters, FetchedRows, TableSpec
 from cache_server.shard import DEFAULT_BLOCK_ROWS
 from felrec_dist.data.histories import Histories
 from felrec_dist.data.stream import EventBatch
@@ -80,6 +80,23 @@ class PlannedRows:
     packings: Mapping[str, Packing]
     plans: Mapping[str, SlotPlan]
     fetched: Mapping[str, FetchedRows]
+
+
+@dataclass(frozen=True)
+class CacheTraffic:
+    """What moved between this rank and the shards.
+
+    Attributes:
+        hit_rate: share of the distinct ids read that the hot tier held.
+        fetched_bytes, written_bytes: keys, versions and rows.
+        fetch_wait_s, write_wait_s: seconds that the loader and the writer waited for shards.
+    """
+
+    hit_rate: float
+    fetched_bytes: int
+    fetch_wait_s: float
+    written_bytes: int
+    write_wait_s: float
 
 
 class Representations:
@@ -201,11 +218,19 @@ class Representations:
         """Returns what fills the empty slots of entities (M, D); None for zero."""
         return self._identity(side, ids_M) if self.empty_slot == "identity" else None
 
-    def take_hit_rate(self) -> float:
-        """Returns the share of distinct ids that the hot tier held, since the last call."""
-        rate = 1.0 - self._num_missing / max(1, self._num_distinct)
+    def take_traffic(self) -> CacheTraffic:
+        """Returns what moved since the last call."""
+        fetched, written = self._fetching.counters, self._writer.client.counters
+        self._fetching.counters, self._writer.client.counters = CacheCounters(), CacheCounters()
+        hit_rate = 1.0 - self._num_missing / max(1, self._num_distinct)
         self._num_distinct = self._num_missing = 0
-        return rate
+        return CacheTraffic(
+            hit_rate=hit_rate,
+            fetched_bytes=fetched.fetched_bytes,
+            fetch_wait_s=fetched.fetch_wait_s,
+            written_bytes=written.written_bytes,
+            write_wait_s=written.write_wait_s,
+        )
 
     def fetch_items(self, step: int, ids_M: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         """Returns the representations (M, D) of items and which of them the cache knows (M,)."""

@@ -26,6 +26,10 @@ STEP_TAGS = {
     "optimizer/gradient_norm",
     "speed/train(events per s)",
     "cache/hot_tier_hits(%)",
+    "cache/fetched(bytes per step)",
+    "cache/fetch_wait(ms per step)",
+    "cache/written(bytes per step)",
+    "cache/write_wait(ms per step)",
     *(
         f"time_share/{phase}(%)"
         for phase in ("wait", "rows", "encode", "backward", "exchange", "write_back")
