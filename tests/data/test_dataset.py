@@ -159,7 +159,7 @@ def test_a_description_that_does_not_fit_together(
         PreparedDataset.open(folder)
     change_manifest(change)(folder)
     with pytest.raises(
-        DatasetError, match=r"incomplete\n.*\n  got: ValueError: the .*\n.*version 1"
+        DatasetError, match=r"incomplete\.\n.*\n  got: ValueError: the .*\n.*version 1"
     ):
         PreparedDataset.open(folder)
 
