@@ -48,7 +48,7 @@ class FelrecError(Exception):
 
 
 def _printable(text: str) -> str:
-    """Returns what may stand in a message: files and their names may hold anything, at length."""
+    """Returns what may stand in a message: a file and its name may hold anything, of any length."""
     if len(text) > _MAX_CHARACTERS:
         text = f"{text[: _MAX_CHARACTERS // 2]} ... ({len(text):,} characters)"
     return _NOT_PRINTABLE.sub(lambda match: ascii(match[0])[1:-1], text)

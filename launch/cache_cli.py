@@ -30,7 +30,7 @@ from cache_server import (
     TableSpec,
 )
 from cache_server.contents import cut_of, shard_contents, snapshot_contents
-from felrec_dist.errors import CheckpointError, ConfigError
+from felrec_dist.errors import ConfigError
 
 RUNNING = "running:"
 DIFFERENT = 1
@@ -268,6 +268,7 @@ def open_cache(source: str) -> Iterator[SavedCache | RunningCache]:
 
     Raises:
         CheckpointError: there is no committed checkpoint, or its manifest is damaged.
+        StorageError: the folder cannot be looked into.
         ConfigError: no run trains there, or there is no Ray cluster.
     """
     if source.startswith(RUNNING):
@@ -284,15 +285,7 @@ def open_saved_cache(url: str) -> SavedCache:
     from felrec_dist.config import parse_config
     from felrec_dist.training.checkpoint import CheckpointStore, read_checkpoint
 
-    try:
-        newest = CheckpointStore(url).latest()
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            "a checkpoint cannot be looked for",
-            where=url,
-            got=f"{type(error).__name__}: {error}",
-            expected="the folder of a run or of a checkpoint, any fsspec URL",
-        ) from error
+    newest = CheckpointStore(url).latest()
     checkpoint = read_checkpoint(newest or url, with_dense=False)
     config = parse_config(checkpoint.config, where=checkpoint.url)
     return SavedCache(

@@ -51,7 +51,13 @@ from felrec_dist.data.dataset import (
     file_system,
 )
 from felrec_dist.data.sources import Progress, RawSource, RawTable, load
-from felrec_dist.errors import ConfigError, DatasetError, RawDataError
+from felrec_dist.errors import (
+    ConfigError,
+    DatasetError,
+    RawDataError,
+    StorageError,
+    storage_errors,
+)
 from felrec_dist.storage import json_sha256
 
 PART_EVENTS = 1_000_000
@@ -96,8 +102,9 @@ def prepare(
 
     Raises:
         RawDataError: the raw files cannot be used; names the file and the row.
-        DatasetError: ``out`` is taken, or cannot be written.
-        ConfigError: a setting is impossible.
+        DatasetError: ``out`` is taken.
+        ConfigError: a setting is impossible, ``temp_dir`` or the memory has too little room.
+        StorageError: ``out`` cannot be written.
     """
     fractions = (
         _fraction("validation_fraction", validation_fraction),
@@ -117,30 +124,37 @@ def prepare(
     target.check_free(overwrite)
     with target.building(temp_dir) as (building, temp):
         report = progress or (lambda _stage, _done, _total: None)
-        with _connect(temp, limit_bytes) as connection:
-            try:
+        try:
+            with _connect(temp, limit_bytes) as connection:
                 raw = load(connection, source, temp, report)
                 split = _split(raw.num_events, *fractions)
                 _sort(connection, split, raw, report)
                 manifest = _Writer(
                     connection, building, raw.num_events, part_events, row_group_events, report
                 ).write()
-            except duckdb.Error as error:
-                raise _out_of_room(error, memory_limit, temp) from error
-        manifest |= {
-            "format": FORMAT,
-            "schema_version": SCHEMA_VERSION,
-            "name": name,
-            "timestamp_unit": TIMESTAMP_UNIT,
-            "split": {part: [span.start, span.stop] for part, span in _spans(split)}
-            | {"validation_fraction": str(fractions[0]), "test_fraction": str(fractions[1])},
-            "user_ids": raw.user_ids,
-            "item_ids": raw.item_ids,
-            "source": source.describe(raw.files),
-        }
-        manifest["digest"] = _digest(manifest)
-        manifest["sha256"] = json_sha256(manifest)
-        (building / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+            manifest |= {
+                "format": FORMAT,
+                "schema_version": SCHEMA_VERSION,
+                "name": name,
+                "timestamp_unit": TIMESTAMP_UNIT,
+                "split": {part: [span.start, span.stop] for part, span in _spans(split)}
+                | {"validation_fraction": str(fractions[0]), "test_fraction": str(fractions[1])},
+                "user_ids": raw.user_ids,
+                "item_ids": raw.item_ids,
+                "source": source.describe(raw.files),
+            }
+            manifest["digest"] = _digest(manifest)
+            manifest["sha256"] = json_sha256(manifest)
+            (building / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+        except duckdb.Error as error:
+            raise _out_of_room(error, memory_limit, temp) from error
+        except (OSError, pa.ArrowException) as error:
+            raise StorageError(
+                "The prepared data set cannot be written.",
+                where=str(building),
+                got=f"{type(error).__name__}: {error}",
+                remedy="check the rights and the free space, or give another folder",
+            ) from error
         target.publish(building, overwrite, report)
     return PreparedDataset.open(out, storage_options)
 
@@ -442,10 +456,8 @@ class _Target:
 
     def check_free(self, overwrite: bool) -> None:
         """Raise unless nothing is there, or a prepared data set that may be overwritten."""
-        self.fs.invalidate_cache()
-        if not self.fs.exists(self.root):
-            return
-        entries = self._entries()
+        with storage_errors("The output folder cannot be looked into.", self.out):
+            entries = self._entries()
         if not entries:
             return
         is_prepared = MANIFEST in entries and entries <= {
@@ -455,10 +467,11 @@ class _Target:
             "catalogue",
         }
         if is_prepared:
+            with storage_errors("The output folder cannot be looked into.", self.out):
+                content = self.fs.cat_file(f"{self.root}/{MANIFEST}")
             try:
-                manifest = json.loads(self.fs.cat_file(f"{self.root}/{MANIFEST}"))
-                is_prepared = manifest["format"] == FORMAT
-            except (ValueError, KeyError, TypeError):
+                is_prepared = json.loads(content)["format"] == FORMAT
+            except (ValueError, KeyError, TypeError, RecursionError):
                 is_prepared = False
         if overwrite and is_prepared:
             return
@@ -473,7 +486,13 @@ class _Target:
         )
 
     def _entries(self) -> set[str]:
-        if self.fs.isfile(self.root):
+        self.fs.invalidate_cache()
+        # Not exists(), which takes a storage that is not reached for an empty one.
+        try:
+            kind = self.fs.info(self.root)["type"]
+        except (FileNotFoundError, NotADirectoryError):
+            return set()
+        if kind == "file":
             return {"a file"}
         names = self.fs.ls(self.root, detail=False)
         return {name.rstrip("/").rsplit("/", 1)[-1] for name in names} - {""}
@@ -489,11 +508,10 @@ class _Target:
             beside = out.with_name(f".{out.name}.{uuid.uuid4().hex}.partial")
         is_done = False
         try:
-            with tempfile.TemporaryDirectory(
-                prefix="felrec-prepare-", dir=temp_dir or (beside and beside.parent)
-            ) as temp:
+            with _temporary_folder(temp_dir or (beside and beside.parent)) as temp:
                 building = beside or Path(temp) / "dataset"
-                building.mkdir()
+                with storage_errors("The prepared data set cannot be written.", self.out):
+                    building.mkdir()
                 yield building, temp
                 is_done = True
         finally:
@@ -506,6 +524,10 @@ class _Target:
     def publish(self, building: Path, overwrite: bool, progress: Progress) -> None:
         """Give the finished folder its name, or upload it."""
         self.check_free(overwrite)
+        with storage_errors("The prepared data set cannot be put in its place.", self.out):
+            self._publish(building, progress)
+
+    def _publish(self, building: Path, progress: Progress) -> None:
         if self.is_local:
             replaced = building.with_name(f"{building.name}.replaced")
             out = Path(self.root)
@@ -535,23 +557,16 @@ class _Target:
                 written.append(remote)
                 self.fs.put_file(str(building / file), remote)
             progress("upload", len(files), len(files))
-        except BaseException as error:
+        except BaseException:
             self._remove(written)
-            if not isinstance(error, OSError):
-                raise
-            raise DatasetError(
-                "The prepared data set cannot be uploaded.",
-                where=self.out,
-                got=str(error),
-                remedy="check the URL and the storage options (endpoint, credentials, bucket)",
-            ) from error
+            raise
 
     def _remove(self, written: list[str]) -> None:
         for path in written:
             try:
                 if self.fs.exists(path):
                     self.fs.rm_file(path)
-            except OSError:
+            except Exception:
                 continue  # unreachable: dataset.json is not there, so nobody takes it for whole
 
 
@@ -562,16 +577,22 @@ def _make_parents(path: Path) -> list[Path]:
         if folder.exists():
             break
         missing.append(folder)
-    try:
+    with storage_errors("The output folder cannot be made.", str(path)):
         path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DatasetError(
-            "The output folder cannot be made.",
-            where=str(path),
-            got=str(error),
-            remedy="check the path and its permissions",
-        ) from error
     return missing
+
+
+def _temporary_folder(parent: str | os.PathLike[str] | None) -> tempfile.TemporaryDirectory[str]:
+    try:
+        return tempfile.TemporaryDirectory(prefix="felrec-prepare-", dir=parent)
+    except OSError as error:
+        raise ConfigError(
+            "There can be no temporary files here.",
+            where=str(parent or tempfile.gettempdir()),
+            got=str(error),
+            expected="a folder that can be written",
+            remedy="give another folder with --temp-dir",
+        ) from error
 
 
 def _out_of_room(error: duckdb.Error, memory_limit: str, temp: str) -> ConfigError:

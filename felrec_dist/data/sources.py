@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from felrec_dist.errors import ConfigError, RawDataError
 
@@ -37,6 +39,8 @@ _INTEGER_TYPES = frozenset(
 ) | {"INTEGER", "UINTEGER"}
 _NUMBER = r"\s*[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?\s*"
 _COLUMNS = ("user", "item", "timestamp")
+# DuckDB has no class of its own for a disk that is full, and must not blame the raw file for it.
+_NO_ROOM = re.compile(r"could not write file|no space left", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -454,6 +458,8 @@ class _Reader:
         except duckdb.OutOfMemoryException:
             raise
         except duckdb.Error as error:
+            if _NO_ROOM.search(str(error)):
+                raise
             raise self.explain(error) from error
         return rows
 
@@ -515,15 +521,15 @@ def _reader(
         table = f"read_parquet({literal})"
         try:
             rows = connection.execute(f"DESCRIBE SELECT * FROM {table}").fetchall()
+            # DuckDB gives columns of the same name other ones.
+            names = pq.read_schema(path).names
         except duckdb.OutOfMemoryException:
             raise
-        except duckdb.Error as error:
+        except (duckdb.Error, pa.ArrowException, OSError) as error:
             raise _unreadable(str(file), "parquet", error) from error
         found = {name: kind for name, kind, *_ in rows}
         columns = {
-            field: '"'
-            + _find(file, getattr(source, field), field, list(found)).replace('"', '""')
-            + '"'
+            field: '"' + _find(file, getattr(source, field), field, names).replace('"', '""') + '"'
             for field in _COLUMNS
         }
         types = {field: found[getattr(source, field)] for field in _COLUMNS}
@@ -567,6 +573,14 @@ def _find(file: RawFile, column: str, field: str, names: list[str]) -> str:
             got=", ".join(names[:12]),
             expected=f"{column!r} (the {field})",
             remedy=f"did you mean {suggestion!r}?" if suggestion else "name one of the columns",
+        )
+    if names.count(column) > 1:
+        raise RawDataError(
+            "Several columns have the same name.",
+            where=f"{file}, row 1",
+            got=f"{names.count(column)} columns {column!r}",
+            expected=f"one (the {field})",
+            remedy="rename the columns, or leave the others out",
         )
     return column
 
@@ -725,6 +739,9 @@ def _read_header(source: RawSource, file: RawFile, path: str) -> tuple[list[str]
             remedy="check the file, or download it again",
         )
     names = [name.strip() for name in first[1]] if source.has_header else []
+    not_utf8 = _not_utf8(f"{file}, row {first[0]}", ", ".join(names))
+    if not_utf8 is not None:
+        raise not_utf8
     return names, len(first[1] if second is None else second[1])
 
 
@@ -742,18 +759,24 @@ def _first_broken_line(reader: _Reader) -> RawDataError | None:
                     expected=f"{expected} columns",
                     remedy=remedy,
                 )
-            text = reader.source.delimiter.join(values)
-            if any("\ud800" <= character <= "\udfff" for character in text):
-                return RawDataError(
-                    "A row is not UTF-8.",
-                    where=where,
-                    got=ascii(text[:80]),
-                    expected="UTF-8",
-                    remedy="convert the file to UTF-8",
-                )
+            not_utf8 = _not_utf8(where, reader.source.delimiter.join(values))
+            if not_utf8 is not None:
+                return not_utf8
     except (OSError, EOFError, csv.Error):
         return None
     return None
+
+
+def _not_utf8(where: str, text: str) -> RawDataError | None:
+    if not any("\ud800" <= character <= "\udfff" for character in text):
+        return None
+    return RawDataError(
+        "A row is not UTF-8.",
+        where=where,
+        got=ascii(text[:80]),
+        expected="UTF-8",
+        remedy="convert the file to UTF-8",
+    )
 
 
 def _zip(path: str) -> zipfile.ZipFile:

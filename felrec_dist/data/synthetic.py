@@ -44,7 +44,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from felrec_dist.errors import ConfigError
+from felrec_dist.errors import ConfigError, StorageError
 
 Progress = Callable[[int, int], None]
 """Called with the events written so far and the events in all."""
@@ -244,12 +244,15 @@ def synthesize(
         out_path: of the file; its folder is made where it is missing.
         config: what to generate.
         progress: called after each row group.
+
+    Raises:
+        StorageError: the file cannot be written.
     """
     target = Path(out_path)
-    target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}.part")
     written = 0
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         # The file says how it was made.
         schema = SCHEMA.with_metadata({"felrec_dist.synthetic": json.dumps(asdict(config))})
         with pq.ParquetWriter(
@@ -262,6 +265,14 @@ def synthesize(
                     progress(written, config.num_events)
         assert written == config.num_events, (written, config.num_events)
         os.replace(part, target)
+    except OSError as error:
+        raise StorageError(
+            "The synthetic events cannot be written.",
+            where=str(target),
+            got=f"{type(error).__name__}: {error}",
+            expected="the name of a file in a folder with enough space",
+            remedy="make space, or name another file",
+        ) from error
     finally:
         if part.exists():
             part.unlink()

@@ -320,6 +320,8 @@ def read_checkpoint(url: str, *, with_dense: bool = True) -> Checkpoint:
             losses_n2=dense["losses.safetensors"]["losses_n2"] if with_dense else torch.empty(0, 2),
             chain=_chain(manifest, url.rpartition("/")[2]),
         )
+    except CheckpointError:
+        raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise _damaged_manifest(url, f"{type(error).__name__}: {error}") from error
 

@@ -6,7 +6,8 @@ does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, Self
 
@@ -486,12 +487,14 @@ class Trainer:
                 expected=f"digest {self.dataset.digest} ({self.dataset.url})",
                 remedy="set data.url to the data set of the run",
             )
-        # A run goes on only as it began: what changes the model must not change on the way.
-        _check_equal(
-            checkpoint, self.config, ("model", "training", "data.batch_size", "cache.storage")
-        )
-        self.model.load_state_dict(checkpoint.model)
-        self._load_optimizer(checkpoint.optimizer)
+        with _content_errors(checkpoint):
+            # A run goes on only as it began: what changes the model must not change on the way.
+            _check_equal(
+                checkpoint, self.config, ("model", "training", "data.batch_size", "cache.storage")
+            )
+            self.model.load_state_dict(checkpoint.model)
+            self._load_optimizer(checkpoint.optimizer)
+        _check_weights(self.model, checkpoint.url)
         self._chain = None
         if generation is None:
             return
@@ -522,13 +525,16 @@ class Trainer:
         if latest is not None:
             checkpoint = read_checkpoint(latest)
             position = checkpoint.position
-            # Ranks of another protocol do not compare with those of the best epoch so far.
-            _check_equal(checkpoint, self.config, ("evaluation.protocol",))
+            with _content_errors(checkpoint):
+                # Ranks of another protocol do not compare with those of the best epoch so far.
+                _check_equal(checkpoint, self.config, ("evaluation.protocol",))
+                self.validation = [metrics_from_json(metrics) for metrics in checkpoint.validation]
+            self.best = position.best
+            if self.best is not None:
+                self._check_is_there(self.best)
             # An epoch that is over leaves nothing in the cache: the next begins with an empty one.
             generation = None if position.is_validated else _generation(position.epoch)
             self.restore(checkpoint, generation=generation)
-            self.best = position.best
-            self.validation = [metrics_from_json(metrics) for metrics in checkpoint.validation]
             self.progress.say(f"resumed from {latest}")
         # Only now: a config that was refused must not replace the one the run began with.
         if self.world.is_first:
@@ -539,6 +545,21 @@ class Trainer:
             )
         self.world.barrier()
         return checkpoint
+
+    def _check_is_there(self, best: BestEpoch) -> None:
+        """The best epoch is tested at the end; that it is gone is said at the beginning."""
+        url = self.store.epoch_url(best.epoch)
+        try:
+            read_checkpoint(url, with_dense=False)
+        except CheckpointError as error:
+            raise CheckpointError(
+                "the checkpoint of the best epoch cannot be read",
+                where=url,
+                got=error.what,
+                expected=f"the epoch with validation rank {best.validation_rank:.4f}, to be tested "
+                "when the run ends",
+                remedy="put it back, or begin anew in another run.url",
+            ) from error
 
     def _begin_cache(self, generation: int) -> None:
         """Empties the cache for a new life; late writes of an earlier one are dropped."""
@@ -564,6 +585,8 @@ class Trainer:
             name, key = full_name.split(":")
             # Adam counts its steps on the CPU, in float32, whatever the model is.
             tensor = value.clone() if key == "step" else value.to(parameters[name])
+            if key != "step" and tensor.shape != parameters[name].shape:
+                raise ValueError(f"{full_name} has shape {tuple(tensor.shape)}")
             self.optimizer.state[parameters[name]][key] = tensor
 
 
@@ -584,6 +607,23 @@ def _check_weights(model: torch.nn.Module, where: str) -> None:
                 where=f"{where}, {name}",
                 remedy="lower training.schedule.base_lr; the last checkpoint is intact",
             )
+
+
+@contextmanager
+def _content_errors(checkpoint: Checkpoint) -> Iterator[None]:
+    """A manifest and tensors that agree with each other may still be of something else."""
+    try:
+        yield
+    except FelrecError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise CheckpointError(
+            "a checkpoint does not hold what this model needs",
+            where=checkpoint.url,
+            got=f"{type(error).__name__}: {error}",
+            expected="model, optimizer and metrics as felrec-dist writes them",
+            remedy="go back to an earlier checkpoint, or to the felrec-dist that wrote this one",
+        ) from error
 
 
 def _check_fits(config: ExperimentConfig, dataset: PreparedDataset, world: World) -> None:

@@ -158,8 +158,9 @@ def test_a_description_that_does_not_fit_together(
         change_manifest(lambda manifest: manifest.update(sha256=None))(folder)
         PreparedDataset.open(folder)
     change_manifest(change)(folder)
-    message = r"incomplete(.|\n)*got: ValueError: the .*\n.*version 1"
-    with pytest.raises(DatasetError, match=message):
+    with pytest.raises(
+        DatasetError, match=r"incomplete\.\n.*\n  got: ValueError: the .*\n.*version 1"
+    ):
         PreparedDataset.open(folder)
 
 

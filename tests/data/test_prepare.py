@@ -21,7 +21,7 @@ from felrec_dist.data.histories import Histories, HistoryReader
 from felrec_dist.data.prepare import prepare
 from felrec_dist.data.sources import RawSource
 from felrec_dist.data.stream import EventBatch, EventStream
-from felrec_dist.errors import ConfigError, DatasetError, RawDataError
+from felrec_dist.errors import ConfigError, DatasetError, RawDataError, StorageError
 from tests.data.oracle import Row, expect, prepare_rows, some_rows, write_parquet
 
 INT_IDS = (0, 1, -1, 7, 2**63 - 1, -(2**63), 1_000_000_007)
@@ -376,7 +376,7 @@ def test_a_file_in_the_way(tmp_path: Path) -> None:
         prepare_rows(some_rows(), tmp_path, overwrite=True)
     (tmp_path / "file").write_text("text")
     source = write_parquet(some_rows(), tmp_path / "raw.parquet")
-    with pytest.raises(DatasetError, match="output folder cannot be made"):
+    with pytest.raises(StorageError, match="output folder cannot be made"):
         prepare(source, tmp_path / "file/out", name="rows")
 
 
@@ -448,7 +448,7 @@ def test_a_failed_upload_leaves_nothing(
 
     monkeypatch.setattr(memory, "put_file", put)
     source = write_parquet(some_rows(), tmp_path / "raw.parquet")
-    with pytest.raises(DatasetError, match=r"cannot be uploaded(.|\n)*connection lost"):
+    with pytest.raises(StorageError, match=r"put in its place(.|\n)*connection lost"):
         prepare(source, memory_url, name="rows", part_events=17)
     assert fsspec.filesystem("memory").find("/bucket") == []
 
@@ -468,7 +468,7 @@ def test_s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         }
         rows = some_rows()
         source = write_parquet(rows, tmp_path / "raw.parquet")
-        with pytest.raises(DatasetError, match=r"cannot be uploaded(.|\n)*bucket"):
+        with pytest.raises(StorageError, match=r"put in its place(.|\n)*bucket"):
             prepare(source, "s3://no-such-bucket/a", name="rows", storage_options=options)
         fsspec.filesystem("s3", **options).mkdir("felrec")
         prepare(source, "s3://felrec/a/b", name="rows", part_events=17, storage_options=options)

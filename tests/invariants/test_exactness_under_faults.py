@@ -636,5 +636,5 @@ def test_the_checks_can_fail(
 ) -> None:
     broken(monkeypatch)
     # One run may be lucky in the order of its messages.
-    with pytest.raises(AssertionError, match="rows made on side|rows kept in epoch"):
+    with pytest.raises(AssertionError, match=r"rows made on side|rows kept in epoch"):
         check_seeds(range(30), layout, batch_size, tmp_path)

@@ -263,7 +263,7 @@ def test_mistakes_end_in_words(
     for source in ("nowhere", tmp_path / "run", tmp_path / "run" / "checkpoints" / "epoch-0000"):
         ended = felrec("cache", "digest", source)
         assert_failed(ended, "CheckpointError", "no committed checkpoint", str(source))
-    assert_failed(felrec("cache", "stats", "nosuch://run"), "CheckpointError", "nosuch")
+    assert_failed(felrec("cache", "stats", "nosuch://run"), "StorageError", "nosuch")
     url = saved(tmp_path / "whole")
     manifest = Path(url, "manifest.json")
     manifest.write_text(manifest.read_text().replace('"global_step": 10', '"global_step": 11'))

@@ -340,10 +340,10 @@ DENSE = ("model.safetensors", "optimizer.safetensors", "losses.safetensors")
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        ("missing", r"a file of a checkpoint is missing\n  where: .*{file}\n  remedy: remove this"),
-        ("truncated", r"a file of a checkpoint is truncated\n  where: .*{file}\n  got: \d+ bytes"),
+        ("missing", r"^a file of a checkpoint is missing\n  where: .*{file}\n  remedy: remove this"),
+        ("truncated", r"^a file of a checkpoint is truncated\n  where: .*{file}\n  got: \d+ bytes"),
         ("empty", r"a file of a checkpoint is truncated\n  where: .*{file}\n  got: 0 bytes"),
-        ("flipped", r"a file of a checkpoint is damaged\n  where: .*{file}\n  got: SHA-256"),
+        ("flipped", r"^a file of a checkpoint is damaged\n  where: .*{file}\n  got: SHA-256"),
         ("longer", r"a file of a checkpoint is truncated\n  where: .*{file}"),
     ],
 )
