@@ -13,6 +13,9 @@ from numpy.typing import NDArray
 from cache_server.errors import CacheError
 from cache_server.storage import STORAGE_TYPES, Rows, StorageType, stored_dtype
 
+WORD_BYTES = 8
+"""A row lies in memory as 64-bit words, padded with zeros."""
+
 
 @dataclass(frozen=True)
 class TableSpec:
@@ -43,6 +46,11 @@ class TableSpec:
     def row_bytes(self) -> int:
         """Bytes of one row as it is sent."""
         return self.width * stored_dtype(self.storage).itemsize
+
+    @property
+    def row_words(self) -> int:
+        """64-bit words of one row in memory, its padding included."""
+        return -(-self.row_bytes // WORD_BYTES)
 
 
 @dataclass(frozen=True)
@@ -100,6 +108,19 @@ class FetchRequest:
     generation: int
     step: int
     keys: Mapping[str, NDArray[np.int64]]
+
+
+@dataclass(frozen=True)
+class AnswerSpace:
+    """Memory that takes the answer for one table.
+
+    Args:
+        words: uint64 (M, row words), contiguous; filled with the rows, padding included.
+        found: bool (M,), filled with whether the id was ever written.
+    """
+
+    words: NDArray[np.uint64]
+    found: NDArray[np.bool_]
 
 
 @dataclass(frozen=True)

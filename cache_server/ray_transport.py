@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import ray
 from ray.exceptions import (
@@ -35,6 +35,15 @@ from cache_server.messages import (
 )
 from cache_server.service import ShardService
 from cache_server.shard import DEFAULT_BLOCK_ROWS, CacheShard
+from cache_server.shared_memory import (
+    BufferPool,
+    FetchLayout,
+    MappedBuffers,
+    SharedBuffer,
+    SharedFetchRequest,
+    can_share,
+    fetch_request,
+)
 from cache_server.snapshot import SnapshotPart
 from cache_server.transport import Pending, Reply
 
@@ -56,11 +65,13 @@ class ShardHandles:
     Args:
         actors: the actor handle of each shard, in order.
         tables: what they hold.
+        node_ids: the node of Ray that each shard is on; it never moves.
         placement_group: where they were placed, if in a group of their own.
     """
 
     actors: tuple[Any, ...]
     tables: Mapping[str, TableSpec]
+    node_ids: tuple[str, ...] = ()
     placement_group: Any = None
 
 
@@ -71,10 +82,12 @@ class CacheDescription:
     Args:
         num_shards: the number of shards.
         tables: what they hold.
+        node_id: the node of Ray that the shard is on.
     """
 
     num_shards: int
     tables: Mapping[str, TableSpec]
+    node_id: str
 
 
 class ShardActor:
@@ -84,7 +97,9 @@ class ShardActor:
         self, tables: Mapping[str, TableSpec], shard: int, num_shards: int, block_rows: int
     ) -> None:
         self._name = f"cache shard {shard} of {num_shards}"
-        self._description = CacheDescription(num_shards, tables)
+        node_id = ray.get_runtime_context().get_node_id()
+        self._description = CacheDescription(num_shards, tables, node_id)
+        self._buffers = MappedBuffers()
         self._service = ShardService(
             CacheShard(tables, shard=shard, num_shards=num_shards, block_rows=block_rows),
             can_wait=True,
@@ -104,6 +119,17 @@ class ShardActor:
     @ray.method(concurrency_group="fetch")
     def fetch(self, request: FetchRequest, wait_s: float) -> dict[str, FetchedRows]:
         return self._service.fetch(request, wait_s)
+
+    @ray.method(concurrency_group="fetch")
+    def fetch_shared(self, request: SharedFetchRequest, wait_s: float) -> bool:
+        """``fetch`` into a client's buffer; whether it could be mapped."""
+        array = self._buffers.array(request.buffer)
+        if array is None:
+            return False
+        layout = FetchLayout(self._description.tables, request.num_keys)
+        plain_request, spaces = fetch_request(request, layout, array)
+        self._service.fetch_into(spaces, plain_request, wait_s)
+        return True
 
     @ray.method(concurrency_group="write")
     def write(self, batch: WriteBatch, wait_s: float) -> None:
@@ -212,10 +238,9 @@ def create_shard_actors(
                 options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(group, shard)
             actor_class = remote_class.options(**options)
             actors.append(_start(actor_class, dict(tables), shard, num_shards, block_rows))
-        handles = ShardHandles(tuple(actors), dict(tables), group)
-        _wait_until_started(handles, bundle, deadline, timeout_s)
+        node_ids = _wait_until_started(actors, bundle, deadline, timeout_s)
     except Exception as error:
-        destroy_shard_actors(ShardHandles(tuple(actors), tables, group))
+        destroy_shard_actors(ShardHandles(tuple(actors), tables, placement_group=group))
         if isinstance(error, ActorAlreadyExistsError):
             raise CacheError(
                 "A cache of this name is alive already.",
@@ -225,7 +250,7 @@ def create_shard_actors(
                 remedy="Stop the other one, or wait until it ended, or take another name.",
             ) from error
         raise
-    return handles
+    return ShardHandles(tuple(actors), dict(tables), node_ids, group)
 
 
 def _start(actor_class: Any, *args: object) -> Any:
@@ -272,8 +297,9 @@ def find_shard_actors(
             actors.append(ray.get_actor(_actor_name(name, shard), namespace))
         except ValueError as error:
             raise _lost_shard(name, shard, error) from error
-    _answers("fence", actors, name, deadline)
-    return ShardHandles(tuple(actors), description.tables)
+    described = _answers("describe", actors, name, deadline)
+    node_ids = tuple(description.node_id for description in described)
+    return ShardHandles(tuple(actors), description.tables, node_ids)
 
 
 def is_alive(name: str, namespace: str | None = None) -> bool:
@@ -294,15 +320,23 @@ def destroy_shard_actors(handles: ShardHandles) -> None:
 
 
 class RayTransport:
-    """Calls shard actors, from any worker or driver of their cluster.
+    """Calls shard actors, from any worker or driver of their cluster; several threads may.
+
+    Fetched rows come from a shard on the same node through shared memory, else as arrays.
 
     Args:
         handles: of ``create_shard_actors``.
+        shared_memory: True tries it with every shard, False with none; None with those on this
+            node. Where a shard cannot map the memory, arrays are sent after all.
     """
 
-    def __init__(self, handles: ShardHandles) -> None:
+    def __init__(self, handles: ShardHandles, *, shared_memory: bool | None = None) -> None:
         self._actors = handles.actors
         self._tables = handles.tables
+        shared = _same_node(handles) if shared_memory is None else set(range(self.num_shards))
+        if shared_memory is False or not can_share():
+            shared = set()
+        self._pools = {shard: BufferPool() for shard in shared}
 
     @property
     def tables(self) -> Mapping[str, TableSpec]:
@@ -314,35 +348,108 @@ class RayTransport:
         """The number of shards."""
         return len(self._actors)
 
-    def submit(self, shard: int, method: str, *args: object) -> Pending:
+    def submit(self, shard: int, method: str, *args: Any) -> Pending:
         """Sends the call."""
-        try:
-            return Pending(shard, getattr(self._actors[shard], method).remote(*args))
-        except RayActorError as error:
-            # Ray raises at once for an actor that it already knows to be dead.
-            return Pending(shard, Reply(shard, error=_lost(error)))
+        return Pending(shard, self._send(shard, method, *args))
 
     def wait(self, pendings: Sequence[Pending], timeout_s: float) -> list[Reply]:
         """The replies in the order of ``pendings``; returns early when one of them is an error."""
         deadline = time.monotonic() + timeout_s
-        replies = {i: p.token for i, p in enumerate(pendings) if isinstance(p.token, Reply)}
-        places = {p.token: i for i, p in enumerate(pendings) if not isinstance(p.token, Reply)}
+        calls = [cast(_Call, pending.token) for pending in pendings]
+        waiting = {call.ref: call for call in calls if call.reply is None}
         # An answer that is an error must not wait for answers that may never come, so they are
         # taken as they arrive.
-        waiting = list(places)
-        while waiting and not any(reply.error for reply in replies.values()):
+        while waiting and not any(call.reply and call.reply.error for call in calls):
             remaining_s = max(0.0, deadline - time.monotonic())
-            ready, waiting = ray.wait(waiting, timeout=remaining_s)
+            ready, _ = ray.wait(list(waiting), timeout=remaining_s)
             if not ready:
                 break
             for ref in ready:
-                replies[places[ref]] = _reply(pendings[places[ref]].shard, ref, deadline)
+                call = waiting.pop(ref)
+                self._take_answer(call, deadline)
+                if call.reply is None:
+                    waiting[call.ref] = call
         missing = TimeoutError()
-        return [replies.get(i, Reply(p.shard, error=missing)) for i, p in enumerate(pendings)]
+        return [call.reply or Reply(call.shard, error=missing) for call in calls]
 
     def close(self) -> None:
         """Forgets the handles; the actors belong to whoever created them."""
         self._actors = ()
+        self._pools = {}
+
+    def _send(self, shard: int, method: str, *args: Any) -> _Call:
+        call = _Call(shard)
+        try:
+            if method != "fetch" or not self._send_shared(call, *args):
+                call.ref = getattr(self._actors[shard], method).remote(*args)
+        except RayActorError as error:
+            # Ray raises at once for an actor that it already knows to be dead.
+            call.reply = Reply(shard, error=_lost(error))
+        return call
+
+    def _send_shared(self, call: _Call, request: FetchRequest, wait_s: float) -> bool:
+        """Sends a fetch whose rows come through shared memory; False if they cannot."""
+        pool = self._pools.get(call.shard)
+        if pool is None or not request.keys.keys() <= self._tables.keys():
+            return False
+        num_keys = {name: keys.size for name, keys in request.keys.items()}
+        layout = FetchLayout(self._tables, num_keys)
+        try:
+            buffer = pool.take(layout.nbytes)
+        except OSError:
+            return False
+        array = buffer.array()
+        for name, keys in request.keys.items():
+            layout.keys(array, name)[...] = keys
+        message = SharedFetchRequest(request.generation, request.step, num_keys, buffer.address)
+        call.shared = _SharedFetch(pool, buffer, layout, request, wait_s)
+        call.ref = self._actors[call.shard].fetch_shared.remote(message, wait_s)
+        return True
+
+    def _take_answer(self, call: _Call, deadline: float) -> None:
+        """Sets the reply of a call that has its answer; or sends it anew."""
+        reply = _reply(call.shard, call.ref, deadline)
+        shared, call.shared = call.shared, None
+        if shared is None or reply.error is not None:
+            call.reply = reply
+        elif reply.value:
+            array = shared.pool.lend(shared.buffer)
+            call.reply = Reply(
+                call.shard,
+                {name: shared.layout.fetched(array, name) for name in shared.request.keys},
+            )
+        else:
+            # The same node after all does not mean the same system, as in two containers.
+            self._pools.pop(call.shard, None)
+            again = self._send(call.shard, "fetch", shared.request, shared.wait_s)
+            call.ref, call.reply = again.ref, again.reply
+
+
+@dataclass
+class _SharedFetch:
+    """A fetch under way whose rows come through ``buffer``."""
+
+    pool: BufferPool
+    buffer: SharedBuffer
+    layout: FetchLayout
+    request: FetchRequest
+    wait_s: float
+
+
+@dataclass
+class _Call:
+    """A call under way: ``ref`` is Ray's handle, ``reply`` how it ended."""
+
+    shard: int
+    ref: Any = None
+    reply: Reply | None = None
+    shared: _SharedFetch | None = None
+
+
+def _same_node(handles: ShardHandles) -> set[int]:
+    """The shards on this process's node."""
+    node_id = ray.get_runtime_context().get_node_id()
+    return {shard for shard, other in enumerate(handles.node_ids) if other == node_id}
 
 
 def _reply(shard: int, ref: Any, deadline: float) -> Reply:
@@ -370,10 +477,11 @@ def _lost(error: Exception) -> ConnectionError:
 
 
 def _wait_until_started(
-    handles: ShardHandles, bundle: Mapping[str, float], deadline: float, timeout_s: float
-) -> None:
-    transport = RayTransport(handles)
-    pendings = [transport.submit(shard, "fence") for shard in range(transport.num_shards)]
+    actors: Sequence[Any], bundle: Mapping[str, float], deadline: float, timeout_s: float
+) -> tuple[str, ...]:
+    """Returns the node of each."""
+    transport = RayTransport(ShardHandles(tuple(actors), {}))
+    pendings = [transport.submit(shard, "describe") for shard in range(transport.num_shards)]
     replies = transport.wait(pendings, max(0.0, deadline - time.monotonic()))
     for reply in replies:
         if isinstance(reply.error, ConnectionError):
@@ -392,6 +500,7 @@ def _wait_until_started(
             expected=f"nodes with {dict(bundle) or 'no reserved resources'} free for each shard",
             remedy="Add nodes, reserve less, or raise the time-out.",
         )
+    return tuple(reply.value.node_id for reply in replies)
 
 
 def _actor_name(name: str, shard: int) -> str:

@@ -33,6 +33,8 @@ from cache_server.hashing import (
 )
 from cache_server.index import IdIndex
 from cache_server.messages import (
+    WORD_BYTES,
+    AnswerSpace,
     BucketDigests,
     Fence,
     FetchedRows,
@@ -47,10 +49,6 @@ from cache_server.messages import (
 from cache_server.storage import Rows, stored_dtype
 
 DEFAULT_BLOCK_ROWS = 65_536
-
-# A row lies in memory as 64-bit words, padded with zeros: one kernel serves every storage type, and
-# loads are aligned.
-_WORD_BYTES = 8
 
 _NEVER_WRITTEN = -1
 
@@ -205,7 +203,8 @@ class CacheTable:
         self._where = where
         self._cuts = CutLog() if cuts is None else cuts
         self._block_shift = block_rows.bit_length() - 1
-        self._num_words = -(-spec.row_bytes // _WORD_BYTES)
+        # Words: one kernel serves every storage type, and loads are aligned.
+        self._num_words = spec.row_words
         self._index = IdIndex() if max_rows is None else IdIndex(max_rows)
         self._blocks: list[UInt64s] = []
         self._version_blocks: list[Int64s] = []
@@ -220,6 +219,10 @@ class CacheTable:
         written.
         """
         return self._read(self._index.lookup(keys))
+
+    def fetch_into(self, space: AnswerSpace, keys: Int64s) -> None:
+        """``fetch``, into ``space``."""
+        self._read_into(space, self._index.lookup(keys))
 
     def write(self, keys: Int64s, versions: Int64s, rows: Rows) -> None:
         """Stores each row whose version is higher than the one its key has; the others are ignored.
@@ -322,20 +325,25 @@ class CacheTable:
 
     def stats(self) -> TableStats:
         """Sizes."""
-        block_bytes = (self._num_words + 1) * _WORD_BYTES << self._block_shift
+        block_bytes = (self._num_words + 1) * WORD_BYTES << self._block_shift
         return TableStats(
             num_rows=len(self),
-            row_bytes=self._num_words * _WORD_BYTES,
+            row_bytes=self._num_words * WORD_BYTES,
             index_bytes=self._index.nbytes,
             nbytes=len(self._blocks) * block_bytes + self._index.nbytes,
         )
 
     def _read(self, row_numbers: Int32s) -> FetchedRows:
         words = np.empty((row_numbers.size, self._num_words), np.uint64)
-        found = np.empty(row_numbers.size, np.bool_)
-        _read_rows(read_only(row_numbers), self._addresses, self._block_shift, words, found)
+        space = AnswerSpace(words, np.empty(row_numbers.size, np.bool_))
+        self._read_into(space, row_numbers)
         rows = words.view(stored_dtype(self.spec.storage))
-        return FetchedRows(np.ascontiguousarray(rows[:, : self.spec.width]), found)
+        return FetchedRows(np.ascontiguousarray(rows[:, : self.spec.width]), space.found)
+
+    def _read_into(self, space: AnswerSpace, row_numbers: Int32s) -> None:
+        _read_rows(
+            read_only(row_numbers), self._addresses, self._block_shift, space.words, space.found
+        )
 
     def _append_blocks(self, num_rows: int) -> None:
         block_rows = 1 << self._block_shift
@@ -343,7 +351,7 @@ class CacheTable:
             try:
                 block, version_block = _empty_block(block_rows, self._num_words)
             except MemoryError as error:
-                wanted = block_rows * (self._num_words + 1) * _WORD_BYTES
+                wanted = block_rows * (self._num_words + 1) * WORD_BYTES
                 raise MemoryError(f"{wanted} bytes for a block of {block_rows} rows") from error
             self._blocks.append(block)
             self._version_blocks.append(version_block)
@@ -473,6 +481,16 @@ class CacheShard:
         Raises:
             CacheError: not ready (ask ``is_ready`` first), or an unknown table.
         """
+        self._check_ready(request)
+        return {name: self._table(name).fetch(keys) for name, keys in request.keys.items()}
+
+    def fetch_into(self, spaces: Mapping[str, AnswerSpace], request: FetchRequest) -> None:
+        """``fetch``, into ``spaces``, by table."""
+        self._check_ready(request)
+        for name, keys in request.keys.items():
+            self._table(name).fetch_into(spaces[name], keys)
+
+    def _check_ready(self, request: FetchRequest) -> None:
         if not self.is_ready(request.generation, request.step):
             raise CacheError(
                 "A fetch came before the writes it needs.",
@@ -480,7 +498,6 @@ class CacheShard:
                 got=self.fence,
                 expected=f"generation {request.generation}, writes through step {request.step - 1}",
             )
-        return {name: self._table(name).fetch(keys) for name, keys in request.keys.items()}
 
     def begin_restore(self) -> None:
         """Empties the tables and leaves the generation; ``end_restore`` ends the restore. Until
@@ -591,9 +608,9 @@ def _to_words(rows: Rows) -> UInt64s:
     row_bytes = width * rows.dtype.itemsize
     rows = np.ascontiguousarray(rows)
     # A view of another item size needs aligned memory, which a buffer off the wire may not be.
-    if row_bytes % _WORD_BYTES == 0 and rows.ctypes.data % _WORD_BYTES == 0:
+    if row_bytes % WORD_BYTES == 0 and rows.ctypes.data % WORD_BYTES == 0:
         return rows.reshape(num_rows, width).view(np.uint64)
-    words = np.zeros((num_rows, -(-row_bytes // _WORD_BYTES)), np.uint64)
+    words = np.zeros((num_rows, -(-row_bytes // WORD_BYTES)), np.uint64)
     words.view(rows.dtype)[:, :width] = rows
     return words
 

@@ -1,0 +1,279 @@
+"""Rows between two processes of one node: the client owns the memory, a shard on its node maps it
+and writes the rows where the client reads them.
+
+A buffer is an anonymous file (``memfd``) that the other process opens through its owner's
+``/proc``: it has no name in any folder, so nothing is left behind however a process ends, and the
+size of ``/dev/shm`` does not limit it. Linux only, and only for a process of the same user that
+sees the owner; elsewhere there is no buffer, and rows travel as arrays.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import re
+import secrets
+import sys
+import threading
+import weakref
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cache_server.errors import CacheError
+from cache_server.messages import WORD_BYTES, AnswerSpace, FetchedRows, FetchRequest, TableSpec
+from cache_server.storage import Rows, stored_dtype
+
+_NAME_PREFIX: Final = "felrec-rows-"
+_NAME = re.compile(rf"{_NAME_PREFIX}[0-9a-f]{{32}}")
+
+# Rows begin at cache lines.
+_ALIGNMENT = 64
+_SMALLEST_BUFFER = 2**16
+
+# A single large fetch must not hold its memory for the rest of a run.
+_LARGEST_KEPT = 2**26
+
+
+@dataclass(frozen=True)
+class BufferAddress:
+    """Where another process of the node finds a buffer.
+
+    Args:
+        name: random, so that no later file of the process is taken for it.
+        pid: the process that owns it.
+        fd: its file descriptor there.
+        nbytes: its size.
+    """
+
+    name: str
+    pid: int
+    fd: int
+    nbytes: int
+
+    def is_alive(self) -> bool:
+        """Whether its owner lives and still has it."""
+        try:
+            return os.readlink(self._path) == f"/memfd:{self.name} (deleted)"
+        except OSError:
+            return False
+
+    def map(self) -> mmap.mmap | None:
+        """The buffer in this process; None if it cannot be reached from here.
+
+        Raises:
+            CacheError: it does not have the name of a buffer.
+        """
+        if not _NAME.fullmatch(self.name):
+            raise CacheError(
+                "A shard was asked to write into memory that is no buffer of rows.",
+                where=f"process {self.pid}, file descriptor {self.fd}",
+                got=repr(self.name),
+                expected=f"{_NAME_PREFIX} and 32 hexadecimal digits",
+                remedy="Use the same felrec-dist in the client and in the shards.",
+            )
+        try:
+            fd = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
+        except OSError:
+            return None
+        try:
+            # The opened file, not its path: the owner may have ended in between.
+            opened = os.readlink(f"/proc/self/fd/{fd}")
+            is_it = (
+                opened == f"/memfd:{self.name} (deleted)" and os.fstat(fd).st_size == self.nbytes
+            )
+            return mmap.mmap(fd, self.nbytes) if is_it else None
+        except OSError:
+            return None
+        finally:
+            os.close(fd)
+
+    @property
+    def _path(self) -> str:
+        return f"/proc/{int(self.pid)}/fd/{int(self.fd)}"
+
+
+@dataclass(frozen=True)
+class SharedFetchRequest:
+    """A ``FetchRequest`` whose keys lie in a buffer, which takes the rows.
+
+    Args:
+        generation, step: of ``FetchRequest``.
+        num_keys: by the name of the table.
+        buffer: with the keys; laid out as ``FetchLayout`` says.
+    """
+
+    generation: int
+    step: int
+    num_keys: Mapping[str, int]
+    buffer: BufferAddress
+
+
+@dataclass(frozen=True)
+class _TablePlaces:
+    keys: int
+    found: int
+    rows: int
+
+
+class FetchLayout:
+    """Where in a buffer the keys of a fetch and its answer lie; both sides find the same.
+
+    Args:
+        tables: what the shards hold.
+        num_keys: by the name of the table.
+    """
+
+    def __init__(self, tables: Mapping[str, TableSpec], num_keys: Mapping[str, int]) -> None:
+        self._specs = {name: tables[name] for name in num_keys}
+        self._num_keys = dict(num_keys)
+        self._places: dict[str, _TablePlaces] = {}
+        end = 0
+        for name, num_rows in num_keys.items():
+            keys = end
+            found = _aligned(keys + 8 * num_rows)
+            rows = _aligned(found + num_rows)
+            end = _aligned(rows + num_rows * WORD_BYTES * self._specs[name].row_words)
+            self._places[name] = _TablePlaces(keys, found, rows)
+        self.nbytes = end
+
+    def keys(self, memory: NDArray[np.uint8], name: str) -> NDArray[np.int64]:
+        """The keys of a table (M,), a view."""
+        return self._view(memory, self._places[name].keys, 8 * self._num_keys[name], np.int64)
+
+    def found(self, memory: NDArray[np.uint8], name: str) -> NDArray[np.bool_]:
+        """Which of them were ever written (M,), a view."""
+        return self._view(memory, self._places[name].found, self._num_keys[name], np.bool_)
+
+    def words(self, memory: NDArray[np.uint8], name: str) -> NDArray[np.uint64]:
+        """The rows of a table as 64-bit words (M, ceil(row bytes / 8)), a view."""
+        num_rows, row_words = self._num_keys[name], self._specs[name].row_words
+        nbytes = num_rows * row_words * WORD_BYTES
+        words = self._view(memory, self._places[name].rows, nbytes, np.uint64)
+        return words.reshape(num_rows, row_words)
+
+    def fetched(self, memory: NDArray[np.uint8], name: str) -> FetchedRows:
+        """The answer for a table; a view, unless rows are padded."""
+        spec = self._specs[name]
+        rows: Rows = self.words(memory, name).view(stored_dtype(spec.storage))
+        return FetchedRows(np.ascontiguousarray(rows[:, : spec.width]), self.found(memory, name))
+
+    def _view(self, memory: NDArray[np.uint8], start: int, nbytes: int, dtype: Any) -> Any:
+        return memory[start : start + nbytes].view(dtype)
+
+
+class SharedBuffer:
+    """Memory of this process that a shard on the node can map.
+
+    Args:
+        nbytes: its size.
+
+    Raises:
+        OSError: the system has no such memory to give.
+    """
+
+    def __init__(self, nbytes: int) -> None:
+        name = _NAME_PREFIX + secrets.token_hex(16)
+        fd = os.memfd_create(name, os.MFD_CLOEXEC)
+        # With it, the shards see that the buffer is gone and let go of it too.
+        self._close = weakref.finalize(self, os.close, fd)
+        os.fchmod(fd, 0o600)
+        os.ftruncate(fd, nbytes)
+        self.memory = mmap.mmap(fd, nbytes)
+        self.address = BufferAddress(name, os.getpid(), fd, nbytes)
+
+    def array(self) -> NDArray[np.uint8]:
+        """Its bytes (nbytes,), a view."""
+        return np.frombuffer(self.memory, np.uint8)
+
+
+class BufferPool:
+    """Buffers for the calls to one shard, each for one call at a time; for any thread.
+
+    As many as calls were ever under way at once. What is taken and not given back is freed with its
+    last reference: that is what happens to a buffer that a shard may still write into.
+    """
+
+    def __init__(self) -> None:
+        # Its methods are atomic; a lock might be held by the very thread that a finalizer runs in.
+        self._free: deque[SharedBuffer] = deque()
+
+    def take(self, nbytes: int) -> SharedBuffer:
+        """A buffer of at least ``nbytes``.
+
+        Raises:
+            OSError: as ``SharedBuffer``.
+        """
+        try:
+            buffer = self._free.pop()
+        except IndexError:
+            pass
+        else:
+            if buffer.address.nbytes >= nbytes:
+                return buffer
+        # Pages that no call reached yet cost nothing.
+        return SharedBuffer(max(_SMALLEST_BUFFER, 1 << (nbytes - 1).bit_length()))
+
+    def lend(self, buffer: SharedBuffer) -> NDArray[np.uint8]:
+        """The bytes of a buffer that no shard writes into any more. It serves another call once
+        this array and all views of it are gone.
+        """
+        array = buffer.array()
+        if buffer.address.nbytes <= _LARGEST_KEPT:
+            weakref.finalize(array, self._free.append, buffer).atexit = False
+        return array
+
+
+class MappedBuffers:
+    """The buffers of all clients that a shard has mapped; for any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._arrays: dict[BufferAddress, NDArray[np.uint8]] = {}
+
+    def __len__(self) -> int:
+        return len(self._arrays)
+
+    def array(self, address: BufferAddress) -> NDArray[np.uint8] | None:
+        """The bytes of a buffer; None if it cannot be reached from this process.
+
+        Raises:
+            CacheError: the address is not one of a buffer.
+        """
+        with self._lock:
+            array = self._arrays.get(address)
+            if array is None:
+                # The owners of others may have ended since, or dropped them.
+                self._arrays = {
+                    other: kept for other, kept in self._arrays.items() if other.is_alive()
+                }
+                memory = address.map()
+                if memory is None:
+                    return None
+                array = self._arrays[address] = np.frombuffer(memory, np.uint8)
+            return array
+
+
+def fetch_request(
+    request: SharedFetchRequest, layout: FetchLayout, array: NDArray[np.uint8]
+) -> tuple[FetchRequest, dict[str, AnswerSpace]]:
+    """What a shard is asked for, and where the answer goes; both are views of ``array``."""
+    keys = {name: layout.keys(array, name) for name in request.num_keys}
+    spaces = {
+        name: AnswerSpace(layout.words(array, name), layout.found(array, name))
+        for name in request.num_keys
+    }
+    return FetchRequest(request.generation, request.step, keys), spaces
+
+
+def can_share() -> bool:
+    """Whether this system has such memory."""
+    return sys.platform == "linux"
+
+
+def _aligned(place: int) -> int:
+    return -(-place // _ALIGNMENT) * _ALIGNMENT
