@@ -33,9 +33,15 @@ class Trajectory:
         return cls(path.stem, json.loads(path.read_text()), path.with_suffix(".parquet"), arrays)
 
     def config(
-        self, data_url: str, run_url: str, *, num_workers: int = 1, num_shards: int = 1
+        self,
+        data_url: str,
+        run_url: str,
+        *,
+        num_workers: int = 1,
+        num_shards: int = 1,
+        hot_rows: int = 1_000_000,
     ) -> ExperimentConfig:
-        """The experiment that must give this trajectory."""
+        """The experiment that must give this trajectory, however it is cut."""
         s = self.settings
         # The queue of a P run and the clipping of a run without it do not matter.
         assert s["weight_decay"] == 0.0
@@ -56,7 +62,12 @@ class Trajectory:
                     "queue_size": s["queue_size"] or 1,
                     "temperature": s["temperature"] or 0.07,
                 },
-                "cache": {"num_shards": num_shards, "storage": "float64", "block_rows": 128},
+                "cache": {
+                    "num_shards": num_shards,
+                    "storage": "float64",
+                    "block_rows": 128,
+                    "hot_rows": hot_rows,
+                },
                 "training": {
                     "schedule": {
                         "kind": "released",

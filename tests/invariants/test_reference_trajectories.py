@@ -53,13 +53,19 @@ def prepare_events(trajectory: Trajectory, folder: Path) -> PreparedDataset:
 
 
 @pytest.mark.parametrize(
-    "num_shards",
-    [3, pytest.param(1, marks=pytest.mark.slow), pytest.param(8, marks=pytest.mark.slow)],
+    ("num_shards", "hot_rows"),
+    [
+        (3, 1_000_000),
+        pytest.param(1, 0, marks=pytest.mark.slow),
+        pytest.param(8, 100, marks=pytest.mark.slow),
+    ],
 )
-def test_in_process(trajectory: Trajectory, num_shards: int, tmp_path: Path) -> None:
+def test_in_process(trajectory: Trajectory, num_shards: int, hot_rows: int, tmp_path: Path) -> None:
     """One rank; ``test_trajectories_on_ray.py`` has two and four on the same numbers of shards."""
     dataset = prepare_events(trajectory, tmp_path)
-    config = trajectory.config(dataset.url, str(tmp_path / "run"), num_shards=num_shards)
+    config = trajectory.config(
+        dataset.url, str(tmp_path / "run"), num_shards=num_shards, hot_rows=hot_rows
+    )
     tables = config.cache.tables(config.model.encoder.width)
     transport = InProcessTransport(
         tables, num_shards=num_shards, block_rows=config.cache.block_rows, can_wait=True
@@ -71,15 +77,18 @@ def replay(
     trajectory: Trajectory, config: ExperimentConfig, dataset: PreparedDataset, client: CacheClient
 ) -> None:
     """Runs the epochs of the trajectory on this rank and compares everything it recorded."""
-    arrays = trajectory.arrays
     for name, span in (
         ("train", dataset.split.train),
         ("val", dataset.split.validation),
         ("test", dataset.split.test),
     ):
-        assert len(span) == len(arrays[f"split/{name}_event_ids"])
+        assert len(span) == len(trajectory.arrays[f"split/{name}_event_ids"])
+    with Trainer(config, dataset, client, World.current()) as trainer:
+        _replay(trajectory, trainer)
 
-    trainer = Trainer(config, dataset, client, World.current())
+
+def _replay(trajectory: Trajectory, trainer: Trainer) -> None:
+    arrays, config, dataset = trajectory.arrays, trainer.config, trainer.dataset
     missing, unexpected = trainer.model.load_state_dict(trajectory.parameters("init"), strict=False)
     assert not unexpected
     assert {name.rsplit(".", 1)[-1] for name in missing} <= {"next_slot", "num_batches_tracked"}

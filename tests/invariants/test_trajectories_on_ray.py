@@ -6,7 +6,7 @@ With ``test_reference_trajectories.py``: 1, 2 and 4 ranks on 1, 3 and 8 shards.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -23,8 +23,10 @@ from cache_server.ray_transport import (
     create_shard_actors,
     destroy_shard_actors,
 )
+from cache_server.transport import Transport
 from felrec_dist.config import ExperimentConfig
 from felrec_dist.data.dataset import PreparedDataset
+from felrec_dist.training import hot_tier
 from tests.faults import FaultCounts, FaultyTransport
 from tests.invariants.test_reference_trajectories import (
     TRAJECTORIES,
@@ -50,11 +52,20 @@ def session() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def ranks(session: None, request: pytest.FixtureRequest) -> Iterator[RayRanks]:
-    """As many as the parameter says, for all tests with that number."""
-    ranks = RayRanks(request.param)
-    yield ranks
-    ranks.stop()
+def ranks_of(session: None) -> Iterator[Callable[[int], RayRanks]]:
+    """So many ranks; they serve all tests with that number that come in a row."""
+    kept: list[RayRanks] = []
+
+    def get(world_size: int) -> RayRanks:
+        if kept and kept[0].world_size != world_size:
+            kept.pop().stop()
+        if not kept:
+            kept.append(RayRanks(world_size))
+        return kept[0]
+
+    yield get
+    for ranks in kept:
+        ranks.stop()
 
 
 @contextmanager
@@ -71,28 +82,64 @@ def shards_of(config: ExperimentConfig) -> Iterator[ShardHandles]:
 
 
 @pytest.mark.parametrize(
-    ("ranks", "num_shards"),
+    "trajectory",
     [
-        (1, 3),
-        (2, 3),
-        pytest.param(2, 1, marks=pytest.mark.slow),
-        pytest.param(2, 8, marks=pytest.mark.slow),
-        pytest.param(4, 1, marks=pytest.mark.slow),
-        pytest.param(4, 3, marks=pytest.mark.slow),
-        pytest.param(4, 8, marks=pytest.mark.slow),
+        pytest.param(trajectory, marks=[pytest.mark.slow] * bool(number), id=trajectory.name)
+        for number, trajectory in enumerate(TRAJECTORIES)
     ],
-    indirect=["ranks"],
 )
-@pytest.mark.parametrize("trajectory", TRAJECTORIES, ids=lambda trajectory: trajectory.name)
-def test_any_number_of_ranks_and_shards(
-    trajectory: Trajectory, ranks: RayRanks, num_shards: int, tmp_path: Path
+def test_late_repeated_and_reordered_messages_change_nothing(
+    trajectory: Trajectory, ranks_of: Callable[[int], RayRanks], tmp_path: Path
 ) -> None:
     dataset = prepare_events(trajectory, tmp_path)
     config = trajectory.config(
-        dataset.url, str(tmp_path / "run"), num_workers=ranks.world_size, num_shards=num_shards
+        dataset.url, str(tmp_path / "run"), num_workers=2, num_shards=3, hot_rows=0
     )
     with shards_of(config) as shards:
-        ranks.run(tmp_path, LIMIT_S, _replay, trajectory, config, dataset, shards)
+        by_rank = ranks_of(2).run(
+            tmp_path, LIMIT_S, _replay_with_faults, trajectory, config, dataset, shards
+        )
+        stats = CacheClient(RayTransport(shards)).stats()
+    seen: Counter[str] = Counter()
+    for counts in by_rank:
+        seen.update(asdict(counts))
+    for shard in stats:
+        seen["repeated messages"] += shard.repeated_messages
+        seen["messages of an older generation"] += shard.late_messages
+    assert all(seen.values()), seen
+
+
+@pytest.mark.parametrize("trajectory", TRAJECTORIES, ids=lambda trajectory: trajectory.name)
+@pytest.mark.parametrize(
+    ("num_workers", "num_shards", "hot_rows"),
+    [
+        (2, 3, 0),
+        pytest.param(2, 1, 1_000_000, marks=pytest.mark.slow),
+        pytest.param(2, 8, 100, marks=pytest.mark.slow),
+        pytest.param(4, 1, 0, marks=pytest.mark.slow),
+        pytest.param(4, 3, 1_000_000, marks=pytest.mark.slow),
+        pytest.param(4, 8, 100, marks=pytest.mark.slow),
+        (1, 3, 100),
+    ],
+)
+def test_any_number_of_ranks_and_shards(
+    trajectory: Trajectory,
+    num_workers: int,
+    num_shards: int,
+    hot_rows: int,
+    ranks_of: Callable[[int], RayRanks],
+    tmp_path: Path,
+) -> None:
+    dataset = prepare_events(trajectory, tmp_path)
+    config = trajectory.config(
+        dataset.url,
+        str(tmp_path / "run"),
+        num_workers=num_workers,
+        num_shards=num_shards,
+        hot_rows=hot_rows,
+    )
+    with shards_of(config) as shards:
+        ranks_of(num_workers).run(tmp_path, LIMIT_S, _replay, trajectory, config, dataset, shards)
 
 
 def _replay(
@@ -101,34 +148,7 @@ def _replay(
     dataset: PreparedDataset,
     shards: ShardHandles,
 ) -> None:
-    with CacheClient(RayTransport(shards), timeout_s=30.0) as client:
-        replay(trajectory, config, dataset, client)
-
-
-@pytest.mark.parametrize("ranks", [2], indirect=True)
-@pytest.mark.parametrize(
-    "trajectory",
-    [
-        pytest.param(trajectory, marks=[pytest.mark.slow] * bool(number), id=trajectory.name)
-        for number, trajectory in enumerate(TRAJECTORIES)
-    ],
-)
-def test_late_repeated_and_reordered_messages_change_nothing(
-    trajectory: Trajectory, ranks: RayRanks, tmp_path: Path
-) -> None:
-    dataset = prepare_events(trajectory, tmp_path)
-    config = trajectory.config(dataset.url, str(tmp_path / "run"), num_workers=2, num_shards=3)
-    with shards_of(config) as shards:
-        by_rank = ranks.run(
-            tmp_path, LIMIT_S, _replay_with_faults, trajectory, config, dataset, shards
-        )
-        stats = CacheClient(RayTransport(shards)).stats()
-    seen: Counter[str] = Counter()
-    for counts in by_rank:
-        seen.update(asdict(counts))
-    assert all(seen[name] > 0 for name in asdict(FaultCounts())), seen
-    assert sum(shard.repeated_messages for shard in stats) > 0
-    assert sum(shard.late_messages for shard in stats) > 0
+    _replay_over(RayTransport(shards), trajectory, config, dataset)
 
 
 def _replay_with_faults(
@@ -138,7 +158,17 @@ def _replay_with_faults(
     shards: ShardHandles,
 ) -> FaultCounts:
     transport = FaultyTransport(RayTransport(shards), seed=dist.get_rank())
-    with CacheClient(transport, timeout_s=30.0) as client:
-        replay(trajectory, config, dataset, client)
-        transport.deliver_all(30.0)
+    _replay_over(transport, trajectory, config, dataset)
     return transport.counts
+
+
+def _replay_over(
+    transport: Transport,
+    trajectory: Trajectory,
+    config: ExperimentConfig,
+    dataset: PreparedDataset,
+) -> None:
+    with pytest.MonkeyPatch.context() as patch, CacheClient(transport, timeout_s=30.0) as client:
+        # With the reserve the hot tier would hold all rows, however few it is to keep.
+        patch.setattr(hot_tier, "SMALLEST_RESERVE", 1)
+        replay(trajectory, config, dataset, client)
