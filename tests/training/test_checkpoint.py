@@ -340,7 +340,7 @@ DENSE = ("model.safetensors", "optimizer.safetensors", "losses.safetensors")
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        ("missing", r"^a file of a checkpoint is missing\n  where: .*{file}\n  remedy: remove this"),
+        ("missing", r"^a file of a checkpoint is missing\n  where: .*{file}\n  remedy: remove"),
         ("truncated", r"^a file of a checkpoint is truncated\n  where: .*{file}\n  got: \d+ bytes"),
         ("empty", r"a file of a checkpoint is truncated\n  where: .*{file}\n  got: 0 bytes"),
         ("flipped", r"^a file of a checkpoint is damaged\n  where: .*{file}\n  got: SHA-256"),
