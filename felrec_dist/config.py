@@ -14,12 +14,13 @@ from typing import Any, Literal
 
 import fsspec
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from felrec_dist.errors import ConfigError
 from felrec_dist.evaluation.evaluator import EvaluationConfig
 from felrec_dist.model.felrec import ModelConfig
 from felrec_dist.section import Section
+from felrec_dist.storage import check_names_one_folder
 from felrec_dist.training.checkpoint import CheckpointConfig
 from felrec_dist.training.config import TrainingConfig
 from felrec_dist.training.representations import CacheConfig
@@ -38,6 +39,12 @@ class RunConfig(Section):
     url: str = Field(description="folder of the run, any fsspec URL")
     log_every_steps: int = Field(50, ge=1)
     device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    @field_validator("url")
+    @classmethod
+    def _names_one_folder(cls, url: str) -> str:
+        check_names_one_folder(url)
+        return url
 
 
 class ClusterConfig(Section):

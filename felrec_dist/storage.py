@@ -41,6 +41,28 @@ def write_whole(url: str, content: bytes, what: str) -> None:
             raise OSError(f"{arrived} of {len(content)} bytes arrived")
 
 
+def check_names_one_folder(url: str) -> None:
+    """Raises ValueError for a folder elsewhere than on a local disk that is named with a wildcard.
+
+    fsspec takes one for a pattern when it removes a folder: ``s3://runs/[ab]`` would remove from
+    ``s3://runs/a``.
+    """
+    if "://" in url and any(character in url for character in "*?["):
+        raise ValueError("a folder that is not on a local disk is named without * ? [")
+
+
+def exists(fs: Any, path: str) -> bool:
+    """Whether there is a file or folder; fsspec's own takes any error for a no on many storages.
+
+    A moment without connection must not make a run begin anew, or a whole checkpoint look cut off.
+    """
+    try:
+        fs.info(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
 def json_sha256(facts: Mapping[str, Any]) -> str:
     """Returns the SHA-256 of what JSON says, whatever its white space and the order of its keys."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -21,7 +21,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -58,7 +58,7 @@ from felrec_dist.errors import (
     StorageError,
     storage_errors,
 )
-from felrec_dist.storage import json_sha256
+from felrec_dist.storage import check_names_one_folder, exists, json_sha256
 
 PART_EVENTS = 1_000_000
 ROW_GROUP_EVENTS = 131_072
@@ -450,6 +450,16 @@ class _Target:
 
     def __init__(self, out: str, storage_options: Mapping[str, Any]) -> None:
         self.out = out
+        try:
+            check_names_one_folder(out)
+        except ValueError as error:
+            raise ConfigError(
+                "The output folder has an impossible name.",
+                where="out",
+                got=out,
+                expected=error,
+                remedy="give it another name",
+            ) from error
         self.fs, root = file_system(out, storage_options)
         self.root = root.rstrip("/")
         self.is_local = isinstance(self.fs, LocalFileSystem)
@@ -545,7 +555,7 @@ class _Target:
             (path.relative_to(building).as_posix() for path in building.rglob("*.*")),
             key=lambda path: (path == MANIFEST, path),
         )
-        if self.fs.exists(f"{self.root}/{MANIFEST}"):
+        if exists(self.fs, f"{self.root}/{MANIFEST}"):
             # Without this file the rest is no data set any more.
             self.fs.rm_file(f"{self.root}/{MANIFEST}")
             self.fs.rm(self.root, recursive=True)
@@ -563,11 +573,9 @@ class _Target:
 
     def _remove(self, written: list[str]) -> None:
         for path in written:
-            try:
-                if self.fs.exists(path):
-                    self.fs.rm_file(path)
-            except Exception:
-                continue  # unreachable: dataset.json is not there, so nobody takes it for whole
+            # Not there, or not reached: without dataset.json nobody takes the rest for whole.
+            with suppress(Exception):
+                self.fs.rm_file(path)
 
 
 def _make_parents(path: Path) -> list[Path]:

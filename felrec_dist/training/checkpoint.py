@@ -39,7 +39,7 @@ from torch import Tensor
 from cache_server import SnapshotPart
 from felrec_dist.errors import CheckpointError, storage_errors
 from felrec_dist.section import Section
-from felrec_dist.storage import json_sha256, write_whole
+from felrec_dist.storage import exists, json_sha256, write_whole
 
 FORMAT = "felrec-dist checkpoint"
 VERSION = 2
@@ -189,7 +189,7 @@ class CheckpointStore:
         url = f"{self.url}/{position.name}"
         with storage_errors("a checkpoint cannot be begun", url):
             fs, path = fsspec.core.url_to_fs(url)
-            if fs.exists(path):
+            if exists(fs, path):
                 _remove(fs, path)
             fs.makedirs(f"{path}/{CACHE_FOLDER}", exist_ok=True)
         return url
@@ -245,7 +245,7 @@ class CheckpointStore:
         """Removes, as far as the storage lets it, what a checkpoint left that was not committed."""
         with suppress(Exception):  # the error that made it fail says more
             fs, path = fsspec.core.url_to_fs(f"{self.url}/{position.name}")
-            if not fs.exists(f"{path}/{MANIFEST}"):
+            if not exists(fs, f"{path}/{MANIFEST}"):
                 _remove(fs, path)
 
     def latest(self) -> str | None:
@@ -282,10 +282,10 @@ class CheckpointStore:
         """The names of all checkpoints that have a manifest, oldest first."""
         fs, path = fsspec.core.url_to_fs(self.url)
         fs.invalidate_cache()
-        if not fs.exists(path):
+        if not exists(fs, path):
             return []
         names = sorted(_folders(fs, path), key=_order)
-        return [name for name in names if fs.exists(f"{path}/{name}/{MANIFEST}")]
+        return [name for name in names if exists(fs, f"{path}/{name}/{MANIFEST}")]
 
 
 def read_checkpoint(url: str, *, with_dense: bool = True) -> Checkpoint:
@@ -414,7 +414,7 @@ def _remove(fs: Any, path: str, named: Set[str] = frozenset()) -> None:
         fs, path: its folder.
         named: parts that other checkpoints need, from the folder of all checkpoints; they stay.
     """
-    if fs.exists(f"{path}/{MANIFEST}"):
+    if exists(fs, f"{path}/{MANIFEST}"):
         fs.rm(f"{path}/{MANIFEST}")
     name = path.rpartition("/")[2]
     files = {file: f"{name}/{file[len(path) :].lstrip('/')}" for file in fs.find(path)}
