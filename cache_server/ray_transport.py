@@ -35,14 +35,13 @@ from cache_server.messages import (
 )
 from cache_server.service import ShardService
 from cache_server.shard import DEFAULT_BLOCK_ROWS, CacheShard
-from cache_server.shared_memory import (
-    BufferPool,
-    FetchLayout,
-    MappedBuffers,
-    SharedBuffer,
+from cache_server.shared_memory import BufferPool, MappedBuffers, can_share
+from cache_server.shared_messages import (
+    SharedFetch,
     SharedFetchRequest,
-    can_share,
-    fetch_request,
+    SharedWrite,
+    SharedWriteBatch,
+    share,
 )
 from cache_server.snapshot import SnapshotPart
 from cache_server.transport import Pending, Reply
@@ -53,6 +52,9 @@ from cache_server.transport import Pending, Reply
 _WRITE_THREADS = 2
 _CONTROL_THREADS = 2
 _FENCE_THREADS = 1
+
+# What goes through shared memory where it can, and the method that takes it.
+_SHARED = {"fetch": "fetch_shared", "write": "write_shared"}
 
 # An actor that was just ended keeps its name until Ray has noticed.
 _NAME_TIMEOUT_S = 10.0
@@ -126,14 +128,22 @@ class ShardActor:
         array = self._buffers.array(request.buffer)
         if array is None:
             return False
-        layout = FetchLayout(self._description.tables, request.num_keys)
-        plain_request, spaces = fetch_request(request, layout, array)
+        plain_request, spaces = request.to_plain(self._description.tables, array)
         self._service.fetch_into(spaces, plain_request, wait_s)
         return True
 
     @ray.method(concurrency_group="write")
     def write(self, batch: WriteBatch, wait_s: float) -> None:
         self._service.write(batch, wait_s)
+
+    @ray.method(concurrency_group="write")
+    def write_shared(self, batch: SharedWriteBatch, wait_s: float) -> bool:
+        """``write`` from a client's buffer; whether it could be mapped."""
+        array = self._buffers.array(batch.buffer)
+        if array is None:
+            return False
+        self._service.write(batch.to_plain(self._description.tables, array), wait_s)
+        return True
 
     @ray.method(concurrency_group="control")
     def clear(self, generation: int, step: int, wait_s: float) -> None:
@@ -322,12 +332,12 @@ def destroy_shard_actors(handles: ShardHandles) -> None:
 class RayTransport:
     """Calls shard actors, from any worker or driver of their cluster; several threads may.
 
-    Fetched rows come from a shard on the same node through shared memory, else as arrays.
+    Between it and a shard on the same node, rows go through shared memory; else they are sent.
 
     Args:
         handles: of ``create_shard_actors``.
         shared_memory: True tries it with every shard, False with none; None with those on this
-            node. Where a shard cannot map the memory, arrays are sent after all.
+            node. Where a shard cannot map the memory, rows are sent after all.
     """
 
     def __init__(self, handles: ShardHandles, *, shared_memory: bool | None = None) -> None:
@@ -367,7 +377,7 @@ class RayTransport:
             for ref in ready:
                 call = waiting.pop(ref)
                 self._take_answer(call, deadline)
-                if call.reply is None:
+                if call.reply is None and call.ref != ref:
                     waiting[call.ref] = call
         missing = TimeoutError()
         return [call.reply or Reply(call.shard, error=missing) for call in calls]
@@ -378,62 +388,47 @@ class RayTransport:
         self._pools = {}
 
     def _send(self, shard: int, method: str, *args: Any) -> _Call:
-        call = _Call(shard)
+        call = _Call(shard, method, args)
         try:
-            if method != "fetch" or not self._send_shared(call, *args):
-                call.ref = getattr(self._actors[shard], method).remote(*args)
+            if method in _SHARED:
+                call.shared = self._share(shard, args[0])
+            if call.shared is not None:
+                method, args = _SHARED[method], (call.shared.message, *args[1:])
+            call.ref = getattr(self._actors[shard], method).remote(*args)
         except RayActorError as error:
             # Ray raises at once for an actor that it already knows to be dead.
             call.reply = Reply(shard, error=_lost(error))
         return call
 
-    def _send_shared(self, call: _Call, request: FetchRequest, wait_s: float) -> bool:
-        """Sends a fetch whose rows come through shared memory; False if they cannot."""
-        pool = self._pools.get(call.shard)
-        if pool is None or not request.keys.keys() <= self._tables.keys():
-            return False
-        num_keys = {name: keys.size for name, keys in request.keys.items()}
-        layout = FetchLayout(self._tables, num_keys)
+    def _share(
+        self, shard: int, message: FetchRequest | WriteBatch
+    ) -> SharedFetch | SharedWrite | None:
+        """The message in shared memory; None where it is to be sent."""
+        pool = self._pools.get(shard)
+        if pool is None:
+            return None
         try:
-            buffer = pool.take(layout.nbytes)
+            return share(pool, self._tables, message)
         except OSError:
-            return False
-        array = buffer.array()
-        for name, keys in request.keys.items():
-            layout.keys(array, name)[...] = keys
-        message = SharedFetchRequest(request.generation, request.step, num_keys, buffer.address)
-        call.shared = _SharedFetch(pool, buffer, layout, request, wait_s)
-        call.ref = self._actors[call.shard].fetch_shared.remote(message, wait_s)
-        return True
+            # The system has no memory of this kind left to give.
+            return None
 
     def _take_answer(self, call: _Call, deadline: float) -> None:
-        """Sets the reply of a call that has its answer; or sends it anew."""
+        """Sets the reply of a call that has its answer; or sends the call anew."""
         reply = _reply(call.shard, call.ref, deadline)
-        shared, call.shared = call.shared, None
-        if shared is None or reply.error is not None:
+        if reply.is_missing:
+            return
+        if call.shared is None or reply.error is not None:
             call.reply = reply
         elif reply.value:
-            array = shared.pool.lend(shared.buffer)
-            call.reply = Reply(
-                call.shard,
-                {name: shared.layout.fetched(array, name) for name in shared.request.keys},
-            )
+            call.reply = Reply(call.shard, call.shared.take_answer())
         else:
-            # The same node after all does not mean the same system, as in two containers.
+            # One node of Ray need not be one system: two containers may make one.
             self._pools.pop(call.shard, None)
-            again = self._send(call.shard, "fetch", shared.request, shared.wait_s)
+            again = self._send(call.shard, call.method, *call.args)
             call.ref, call.reply = again.ref, again.reply
-
-
-@dataclass
-class _SharedFetch:
-    """A fetch under way whose rows come through ``buffer``."""
-
-    pool: BufferPool
-    buffer: SharedBuffer
-    layout: FetchLayout
-    request: FetchRequest
-    wait_s: float
+        # A buffer whose answer was not taken is not used again.
+        call.shared = None
 
 
 @dataclass
@@ -441,9 +436,11 @@ class _Call:
     """A call under way: ``ref`` is Ray's handle, ``reply`` how it ended."""
 
     shard: int
+    method: str
+    args: tuple[Any, ...]
     ref: Any = None
     reply: Reply | None = None
-    shared: _SharedFetch | None = None
+    shared: SharedFetch | SharedWrite | None = None
 
 
 def _same_node(handles: ShardHandles) -> set[int]:

@@ -1,5 +1,5 @@
-"""Rows between two processes of one node: the client owns the memory, a shard on its node maps it
-and writes the rows where the client reads them.
+"""Memory that two processes of one node share: the client owns it, a shard maps it, and rows go
+through it without being sent.
 
 A buffer is an anonymous file (``memfd``) that the other process opens through its owner's
 ``/proc``: it has no name in any folder, so nothing is left behind however a process ends, and the
@@ -17,22 +17,17 @@ import sys
 import threading
 import weakref
 from collections import deque
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cache_server.errors import CacheError
-from cache_server.messages import WORD_BYTES, AnswerSpace, FetchedRows, FetchRequest, TableSpec
-from cache_server.storage import Rows, stored_dtype
 
 _NAME_PREFIX: Final = "felrec-rows-"
 _NAME = re.compile(rf"{_NAME_PREFIX}[0-9a-f]{{32}}")
 
-# Rows begin at cache lines.
-_ALIGNMENT = 64
 _SMALLEST_BUFFER = 2**16
 
 # A single large fetch must not hold its memory for the rest of a run.
@@ -97,75 +92,6 @@ class BufferAddress:
         return f"/proc/{int(self.pid)}/fd/{int(self.fd)}"
 
 
-@dataclass(frozen=True)
-class SharedFetchRequest:
-    """A ``FetchRequest`` whose keys lie in a buffer, which takes the rows.
-
-    Args:
-        generation, step: of ``FetchRequest``.
-        num_keys: by the name of the table.
-        buffer: with the keys; laid out as ``FetchLayout`` says.
-    """
-
-    generation: int
-    step: int
-    num_keys: Mapping[str, int]
-    buffer: BufferAddress
-
-
-@dataclass(frozen=True)
-class _TablePlaces:
-    keys: int
-    found: int
-    rows: int
-
-
-class FetchLayout:
-    """Where in a buffer the keys of a fetch and its answer lie; both sides find the same.
-
-    Args:
-        tables: what the shards hold.
-        num_keys: by the name of the table.
-    """
-
-    def __init__(self, tables: Mapping[str, TableSpec], num_keys: Mapping[str, int]) -> None:
-        self._specs = {name: tables[name] for name in num_keys}
-        self._num_keys = dict(num_keys)
-        self._places: dict[str, _TablePlaces] = {}
-        end = 0
-        for name, num_rows in num_keys.items():
-            keys = end
-            found = _aligned(keys + 8 * num_rows)
-            rows = _aligned(found + num_rows)
-            end = _aligned(rows + num_rows * WORD_BYTES * self._specs[name].row_words)
-            self._places[name] = _TablePlaces(keys, found, rows)
-        self.nbytes = end
-
-    def keys(self, memory: NDArray[np.uint8], name: str) -> NDArray[np.int64]:
-        """The keys of a table (M,), a view."""
-        return self._view(memory, self._places[name].keys, 8 * self._num_keys[name], np.int64)
-
-    def found(self, memory: NDArray[np.uint8], name: str) -> NDArray[np.bool_]:
-        """Which of them were ever written (M,), a view."""
-        return self._view(memory, self._places[name].found, self._num_keys[name], np.bool_)
-
-    def words(self, memory: NDArray[np.uint8], name: str) -> NDArray[np.uint64]:
-        """The rows of a table as 64-bit words (M, ceil(row bytes / 8)), a view."""
-        num_rows, row_words = self._num_keys[name], self._specs[name].row_words
-        nbytes = num_rows * row_words * WORD_BYTES
-        words = self._view(memory, self._places[name].rows, nbytes, np.uint64)
-        return words.reshape(num_rows, row_words)
-
-    def fetched(self, memory: NDArray[np.uint8], name: str) -> FetchedRows:
-        """The answer for a table; a view, unless rows are padded."""
-        spec = self._specs[name]
-        rows: Rows = self.words(memory, name).view(stored_dtype(spec.storage))
-        return FetchedRows(np.ascontiguousarray(rows[:, : spec.width]), self.found(memory, name))
-
-    def _view(self, memory: NDArray[np.uint8], start: int, nbytes: int, dtype: Any) -> Any:
-        return memory[start : start + nbytes].view(dtype)
-
-
 class SharedBuffer:
     """Memory of this process that a shard on the node can map.
 
@@ -223,9 +149,13 @@ class BufferPool:
         this array and all views of it are gone.
         """
         array = buffer.array()
-        if buffer.address.nbytes <= _LARGEST_KEPT:
-            weakref.finalize(array, self._free.append, buffer).atexit = False
+        weakref.finalize(array, self.give_back, buffer).atexit = False
         return array
+
+    def give_back(self, buffer: SharedBuffer) -> None:
+        """Takes back a buffer that nobody reads or writes any more."""
+        if buffer.address.nbytes <= _LARGEST_KEPT:
+            self._free.append(buffer)
 
 
 class MappedBuffers:
@@ -258,22 +188,6 @@ class MappedBuffers:
             return array
 
 
-def fetch_request(
-    request: SharedFetchRequest, layout: FetchLayout, array: NDArray[np.uint8]
-) -> tuple[FetchRequest, dict[str, AnswerSpace]]:
-    """What a shard is asked for, and where the answer goes; both are views of ``array``."""
-    keys = {name: layout.keys(array, name) for name in request.num_keys}
-    spaces = {
-        name: AnswerSpace(layout.words(array, name), layout.found(array, name))
-        for name in request.num_keys
-    }
-    return FetchRequest(request.generation, request.step, keys), spaces
-
-
 def can_share() -> bool:
     """Whether this system has such memory."""
     return sys.platform == "linux"
-
-
-def _aligned(place: int) -> int:
-    return -(-place // _ALIGNMENT) * _ALIGNMENT
