@@ -1,4 +1,4 @@
-"""The command ``felrec``: prepare, download, synthesize, train, evaluate, cache."""
+"""The command ``felrec``: prepare, download, synthesize, train, evaluate, cache, benchmark."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from felrec_dist.errors import ConfigError, FelrecError, RunStoppedError
+from launch.benchmark_cli import benchmark
 from launch.cache_cli import cache_app
 from launch.stopping import StopRequest, stop_requests
 
@@ -27,6 +28,7 @@ app = typer.Typer(
     add_completion=False,
 )
 app.add_typer(cache_app, name="cache")
+app.command()(benchmark)
 
 IdKind = Literal["int", "string"]
 Unit = Literal["s", "ms", "us", "iso"]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from felrec_dist.model.dropout import EventDropout
-from felrec_dist.model.packing import Group, Packing
+from felrec_dist.model.packing import Packing
 from felrec_dist.section import Section
 
 
@@ -51,27 +51,29 @@ class SelfAttention(nn.Module):
         self.output = nn.Linear(width, width, bias=False)
 
     def forward(self, x_RD: Tensor, packing: Packing) -> Tensor:
-        query_RD, key_RD, value_RD = self.query(x_RD), self.key(x_RD), self.value(x_RD)
+        weights = torch.cat([self.query.weight, self.key.weight, self.value.weight])
+        projected_RC = F.linear(x_RD, weights)  # query, key, value: C = 3 D
         attended = []
-        first = 0
-        for group in packing.groups:
-            stop = first + group.num_histories * group.num_slots
-            is_slot_BS = packing.is_slot_R[first:stop].view(group.num_histories, -1)
+        # Slices would each bring back a gradient as large as all rows.
+        pieces = zip(
+            packing.groups,
+            projected_RC.split(packing.rows_of_groups),
+            packing.is_slot_R.split(packing.rows_of_groups),
+            strict=True,
+        )
+        for group, group_RC, is_slot_R in pieces:
+            shape = (group.num_histories, group.num_slots, 3, self.num_heads, -1)
+            query_BHSd, key_BHSd, value_BHSd = group_RC.view(shape).permute(2, 0, 3, 1, 4).unbind()
+            is_slot_BS = is_slot_R.view(group.num_histories, -1)
             attended_BHSd = F.scaled_dot_product_attention(
-                self._heads(query_RD[first:stop], group),
-                self._heads(key_RD[first:stop], group),
-                self._heads(value_RD[first:stop], group),
+                query_BHSd,
+                key_BHSd,
+                value_BHSd,
                 attn_mask=is_slot_BS[:, None, None, :] if group.is_padded else None,
             )
-            attended.append(attended_BHSd.transpose(1, 2).reshape(stop - first, -1))
-            first = stop
+            attended.append(attended_BHSd.transpose(1, 2).reshape(len(group_RC), -1))
         # A rank's slice may be empty, and have no group.
-        return cast(Tensor, self.output(torch.cat(attended) if attended else value_RD))
-
-    def _heads(self, rows_RD: Tensor, group: Group) -> Tensor:
-        """Returns a view of a group's rows, (B, H, S, D / H)."""
-        shape = (group.num_histories, group.num_slots, self.num_heads, -1)
-        return rows_RD.view(shape).transpose(1, 2)
+        return cast(Tensor, self.output(torch.cat(attended) if attended else x_RD))
 
 
 class EncoderBlock(nn.Module):
@@ -156,14 +158,16 @@ class HistoryEncoder(nn.Module):
 def _pool(x_RD: Tensor, packing: Packing) -> Tensor:
     """Returns the mean over each history's slots (B, D), in the order of the groups."""
     sums = []
-    first = 0
-    for group in packing.groups:
-        stop = first + group.num_histories * group.num_slots
-        x_group = x_RD[first:stop]
+    pieces = zip(
+        packing.groups,
+        x_RD.split(packing.rows_of_groups),
+        packing.is_slot_R.split(packing.rows_of_groups),
+        strict=True,
+    )
+    for group, group_RD, is_slot_R in pieces:
         if group.is_padded:
-            x_group = torch.where(packing.is_slot_R[first:stop, None], x_group, 0.0)
-        sums.append(x_group.view(group.num_histories, group.num_slots, -1).sum(dim=1))
-        first = stop
+            group_RD = torch.where(is_slot_R[:, None], group_RD, 0.0)
+        sums.append(group_RD.view(group.num_histories, group.num_slots, -1).sum(dim=1))
     return (torch.cat(sums) if sums else x_RD) / packing.num_used_B[:, None]
 
 

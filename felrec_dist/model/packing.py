@@ -34,6 +34,10 @@ class Group:
     num_slots: int
     is_padded: bool
 
+    @property
+    def num_rows(self) -> int:
+        return self.num_histories * self.num_slots
+
 
 @dataclass(frozen=True)
 class Packing:
@@ -58,6 +62,11 @@ class Packing:
     is_slot_R: Tensor
     place_B: Tensor
     num_used_B: Tensor
+
+    @property
+    def rows_of_groups(self) -> list[int]:
+        """Rows of each group, in order."""
+        return [group.num_rows for group in self.groups]
 
     def to(self, device: torch.device) -> Packing:
         """Returns it on another device."""

@@ -1,0 +1,110 @@
+"""What stands before a step: cutting histories, finding their rows, and the loader as a whole."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from benchmarks.measure import Figure, Ratio, Report, alternate
+from benchmarks.training_side import (
+    FIRST_STEP,
+    SeededRows,
+    cached_representations,
+    in_process_client,
+)
+from benchmarks.workloads import Int64s, Workload, workload
+from felrec_dist.data.histories import HistoryReader
+from felrec_dist.data.stream import EventStream
+from felrec_dist.model.encoder import EncoderConfig
+from felrec_dist.training.clock import LOADER_PHASES, PhaseClock
+from felrec_dist.training.loader import BatchLoader
+from felrec_dist.training.world import World
+
+OURS, REFERENCE = "ours", "NumPy and np.unique"
+BATCH_SIZE = 1024
+
+
+def run(quick: bool, device: torch.device) -> list[Report]:
+    """MovieLens-100K, whose histories are long; everything is in the hot tier."""
+    return [measure(workload("MovieLens-100K"), 4 if quick else 32, device)]
+
+
+def measure(work: Workload, num_batches: int, device: torch.device) -> Report:
+    """Histories alone; with the plan of their rows; the loader over ``num_batches``."""
+    encoder = EncoderConfig()
+    length = encoder.history_length
+    span = work.middle(num_batches, BATCH_SIZE)
+    seeded = SeededRows.of(work, span, encoder.width, length)
+    reader = HistoryReader(work.dataset, length)
+    stream = EventStream(work.dataset, span, BATCH_SIZE)
+    batch, _ = next(stream.batches())
+    items_of_users = np.asarray(work.dataset.neighbours("user"))
+    users_of_items = np.asarray(work.dataset.neighbours("item"))
+
+    def numpy_histories() -> list[tuple[Int64s, Int64s]]:
+        return [
+            _numpy_history(items_of_users, batch.user_offset, batch.user_length, length),
+            _numpy_history(users_of_items, batch.item_offset, batch.item_length, length),
+        ]
+
+    def numpy_plan() -> None:
+        slots_N = np.arange(length)
+        for ids_BN, lengths_B in numpy_histories():
+            np.unique(ids_BN[slots_N < lengths_B[:, None]], return_inverse=True)
+
+    with in_process_client(1, encoder.width) as client:
+        representations = cached_representations(client, World(0, 1, device))
+        try:
+            seeded.fill(representations)
+            steps = iter(range(FIRST_STEP, 1_000_000))
+
+            def plan() -> None:
+                step = next(steps)
+                items, users = reader.read(batch)
+                for side, histories in (("item", items), ("user", users)):
+                    tier = representations.tiers[side]
+                    tier.plan(step, histories.ids_BN, histories.lengths_B)
+                    tier.release(step)
+
+            loader = BatchLoader(
+                reader, representations, World(0, 1, device), PhaseClock(LOADER_PHASES)
+            )
+
+            def load() -> int:
+                return _load(stream, loader, next(steps) * num_batches)
+
+            histories = alternate({OURS: lambda: reader.read(batch), REFERENCE: numpy_histories})
+            plans = alternate({OURS: plan, REFERENCE: numpy_plan})
+            whole = alternate({OURS: load}, repeats=3, warmups=1)
+        finally:
+            representations.close()
+
+    figures, ratios = [], []
+    for case, seconds in (("histories", histories), ("histories and distinct ids", plans)):
+        figures += [Figure(case, side, 1e3 * s, "ms") for side, s in seconds.items()]
+        speedup = seconds[REFERENCE] / seconds[OURS]
+        ratios.append(Ratio(case, REFERENCE, speedup, "times faster"))
+    events_per_s = num_batches * BATCH_SIZE / whole[OURS]
+    figures.append(Figure("loader without training", OURS, events_per_s, "events/s"))
+    setting = {"data": work.name, "B": BATCH_SIZE, "N": length, "sides": 2}
+    return Report("loader", setting, figures, ratios)
+
+
+def _numpy_history(
+    neighbours: Int64s, offset_B: Int64s, length_B: Int64s, history_length: int
+) -> tuple[Int64s, Int64s]:
+    lengths_B = np.minimum(length_B, history_length)
+    slots_N = np.arange(history_length)
+    is_valid_BN = slots_N < lengths_B[:, None]
+    index_BN = np.where(is_valid_BN, offset_B[:, None] - 1 - slots_N, 0)
+    return np.where(is_valid_BN, neighbours[index_BN], 0), lengths_B
+
+
+def _load(stream: EventStream, loader: BatchLoader, first_step: int) -> int:
+    num_events = 0
+    with loader.batches(stream, first_step) as batches:
+        for loaded in batches:
+            num_events += len(loaded.mine)
+            for tier in loader.representations.tiers.values():
+                tier.release(loaded.step)
+    return num_events

@@ -1,0 +1,125 @@
+"""Two workers of one thread against one, on the same global batches."""
+
+from __future__ import annotations
+
+import tempfile
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from benchmarks.measure import Figure, Ratio, Report, alternate
+from benchmarks.step import local_ray
+from benchmarks.training_side import (
+    SeededRows,
+    TrainingSide,
+    cached_representations,
+    training_side,
+)
+from benchmarks.workloads import Workload, workload
+from cache_server import CacheClient
+from felrec_dist.data.dataset import PreparedDataset, Span
+from felrec_dist.model.encoder import EncoderConfig
+from felrec_dist.training.representations import CacheConfig
+from felrec_dist.training.world import World
+
+BATCH_SIZE = 256
+WARMUPS, REPEATS = 1, 5
+TIMEOUT_S = 300.0
+ONE, TWO = "1 worker", "2 workers"
+
+
+def run(quick: bool, device: torch.device) -> list[Report]:
+    """MovieLens-100K on Ray, one shard; nothing in quick mode, nor on a GPU.
+
+    Every worker has one thread of a CPU: whether two are twice as fast is a question to the
+    exchange and to the cache, as long as the machine has two idle cores.
+    """
+    if quick or device.type != "cpu":
+        return []
+    work = workload("MovieLens-100K")
+    span = work.middle(WARMUPS + REPEATS + 4, BATCH_SIZE)
+    with local_ray(), tempfile.TemporaryDirectory() as folder:
+        seconds = alternate(
+            {
+                ONE: _start(1, work, span, Path(folder)),
+                TWO: _start(2, work, span, Path(folder)),
+            },
+            repeats=REPEATS,
+            warmups=WARMUPS,
+        )
+    figures = [Figure("step", side, 1e3 * s, "ms") for side, s in seconds.items()]
+    setting = {"data": work.name, "B": BATCH_SIZE, "N": 64, "D": 128, "threads a worker": 1}
+    return [
+        Report(
+            "workers",
+            setting,
+            figures,
+            [Ratio(TWO, ONE, seconds[ONE] / seconds[TWO], "times faster")],
+        )
+    ]
+
+
+def _start(num_workers: int, work: Workload, span: Span, folder: Path) -> Any:
+    """Starts workers and a shard of their own; returns a call that trains one step on all."""
+    import ray
+
+    from cache_server.ray_transport import create_shard_actors
+
+    shards = create_shard_actors(CacheConfig().tables(EncoderConfig().width), num_shards=1)
+    meeting = folder / f"rendezvous-{num_workers}"
+    worker = ray.remote(num_cpus=0, max_restarts=0)(Worker)
+    workers = [
+        worker.remote(rank, num_workers, meeting, shards, work.name, work.dataset.url, span)
+        for rank in range(num_workers)
+    ]
+    ray.get([w.ready.remote() for w in workers], timeout=TIMEOUT_S)
+
+    def step() -> None:
+        ray.get([w.step.remote() for w in workers], timeout=TIMEOUT_S)
+
+    return step
+
+
+class Worker:
+    """An actor that holds one rank; it ends with Ray."""
+
+    def __init__(
+        self,
+        rank: int,
+        num_workers: int,
+        meeting: Path,
+        shards: Any,
+        name: str,
+        data_url: str,
+        span: Span,
+    ) -> None:
+        from cache_server.ray_transport import RayTransport
+
+        torch.set_num_threads(1)
+        if num_workers > 1:
+            dist.init_process_group(
+                "gloo",
+                init_method=f"file://{meeting}",
+                rank=rank,
+                world_size=num_workers,
+                timeout=timedelta(seconds=TIMEOUT_S),
+            )
+        world = World.current()
+        work = Workload(name, PreparedDataset.open(data_url))
+        encoder = EncoderConfig()
+        rows = cached_representations(CacheClient(RayTransport(shards)), world)
+        # Every rank writes its shards' rows, all of them the same.
+        SeededRows.of(work, span, encoder.width, encoder.history_length).fill(rows)
+        world.barrier()
+        self._side = training_side(work, span, BATCH_SIZE, rows, world)
+        self.side: TrainingSide = self._side.__enter__()
+
+    def ready(self) -> None:
+        """Answers when the rank stands."""
+
+    def step(self) -> None:
+        """Trains one step."""
+        self.side.run(1)
