@@ -96,9 +96,7 @@ def run(quick: bool, device: torch.device) -> list[Report]:
     return [Report("step", setting, figures, ratios)]
 
 
-def _turn(
-    side: TrainingSide, num_steps: int, phases: list[dict[str, float]]
-) -> Callable[[], None]:
+def _turn(side: TrainingSide, num_steps: int, phases: list[dict[str, float]]) -> Callable[[], None]:
     def turn() -> None:
         side.clock.take()
         side.run(num_steps)

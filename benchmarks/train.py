@@ -60,6 +60,4 @@ def measure(work: Workload, quick: bool, device: torch.device) -> Report:
     ]
     speedup = seconds[REFERENCE] / seconds[OURS]
     setting = {"B": batch_size, "N": 64, "D": 128, "L": 3, "model": "felrec-q"}
-    return Report(
-        "train", setting, figures, [Ratio(work.name, REFERENCE, speedup, "times faster")]
-    )
+    return Report("train", setting, figures, [Ratio(work.name, REFERENCE, speedup, "times faster")])
