@@ -15,6 +15,8 @@
     hashing.py        key -> bucket -> shard
     storage.py        the types that rows are stored in
     messages.py       what travels
+    shared_memory.py  memory that a client and a shard on its node share
+    shared_messages.py  fetches and writes whose arrays lie there
     addresses.py      arrays from addresses, inside compiled code
     errors.py         the cache's errors
 """

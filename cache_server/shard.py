@@ -490,15 +490,6 @@ class CacheShard:
         for name, keys in request.keys.items():
             self._table(name).fetch_into(spaces[name], keys)
 
-    def _check_ready(self, request: FetchRequest) -> None:
-        if not self.is_ready(request.generation, request.step):
-            raise CacheError(
-                "A fetch came before the writes it needs.",
-                where=f"shard {self.shard}, step {request.step}",
-                got=self.fence,
-                expected=f"generation {request.generation}, writes through step {request.step - 1}",
-            )
-
     def begin_restore(self) -> None:
         """Empties the tables and leaves the generation; ``end_restore`` ends the restore. Until
         then nothing is served.
@@ -569,6 +560,15 @@ class CacheShard:
                 got=name,
                 expected=", ".join(self._tables),
             ) from None
+
+    def _check_ready(self, request: FetchRequest) -> None:
+        if not self.is_ready(request.generation, request.step):
+            raise CacheError(
+                "A fetch came before the writes it needs.",
+                where=f"shard {self.shard}, step {request.step}",
+                got=self.fence,
+                expected=f"generation {request.generation}, writes through step {request.step - 1}",
+            )
 
     def _check_not_older(self, what: str, generation: int) -> None:
         if generation < self._generation:

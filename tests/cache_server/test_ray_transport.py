@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
 import time
 from collections.abc import Iterator
@@ -56,12 +57,19 @@ def shared_handles(session: None) -> Iterator[ShardHandles]:
     destroy_shard_actors(handles)
 
 
-@pytest.fixture
-def handles(shared_handles: ShardHandles) -> ShardHandles:
+@pytest.fixture(params=["the same node", "another node"])
+def handles(shared_handles: ShardHandles, request: pytest.FixtureRequest) -> ShardHandles:
     """Shards emptied for this test; starting others takes a second each time."""
     client = CacheClient(RayTransport(shared_handles))
     client.clear(max(stats.fence.generation for stats in client.stats()) + 1)
-    return shared_handles
+    return placed(shared_handles, request.param)
+
+
+def placed(handles: ShardHandles, place: str) -> ShardHandles:
+    """The shards where they are, or as if they were on another node."""
+    if place == "another node":
+        return dataclasses.replace(handles, node_ids=("elsewhere",) * len(handles.actors))
+    return handles
 
 
 def client_of(handles: ShardHandles, timeout_s: float = 20.0) -> CacheClient:
@@ -303,8 +311,9 @@ def wait_until_ended(name: str, num_left: int = 0) -> None:
     raise AssertionError(named)
 
 
-def test_a_dead_shard_is_named_and_never_comes_back_empty(session: None) -> None:
-    handles = create_shard_actors(TABLES, 2, fetch_threads=2)
+@pytest.mark.parametrize("place", ["the same node", "another node"])
+def test_a_dead_shard_is_named_and_never_comes_back_empty(session: None, place: str) -> None:
+    handles = placed(create_shard_actors(TABLES, 2, fetch_threads=2), place)
     client = client_of(handles)
     keys = np.arange(1000)
     client.write_back(0, {"item": (keys, keys, np.ones((1000, 6)))})
