@@ -53,9 +53,9 @@ def _draw(num_users: int, num_items: int, device: torch.device) -> tuple[Candida
         users_BD=users_BD,
         targets_B=torch.randint(num_items, (num_users,), generator=generator).to(device),
         num_seen=num_items,
-        negatives_BM=torch.randint(
-            num_items, (num_users, NUM_NEGATIVES), generator=generator
-        ).to(device),
+        negatives_BM=torch.randint(num_items, (num_users, NUM_NEGATIVES), generator=generator).to(
+            device
+        ),
         unseen_BD=users_BD,
         absent_is_zero=False,
     )

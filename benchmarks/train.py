@@ -15,12 +15,11 @@ from benchmarks.training_side import (
     plain_tensor,
     training_side,
 )
-from benchmarks.workloads import Name, Workload, workload
+from benchmarks.workloads import NAMES, Workload, workload
 from felrec_dist.model.encoder import EncoderConfig
 from felrec_dist.training.world import World
 
 OURS, REFERENCE = "ours", "straightforward on a tensor"
-NAMES: tuple[Name, ...] = ("MovieLens-100K", "Globo")
 WARMUPS = 1
 
 
@@ -60,6 +59,4 @@ def measure(work: Workload, quick: bool, device: torch.device) -> Report:
     ]
     speedup = seconds[REFERENCE] / seconds[OURS]
     setting = {"B": batch_size, "N": 64, "D": 128, "L": 3, "model": "felrec-q"}
-    return Report(
-        "train", setting, figures, [Ratio(work.name, REFERENCE, speedup, "times faster")]
-    )
+    return Report("train", setting, figures, [Ratio(work.name, REFERENCE, speedup, "times faster")])

@@ -201,4 +201,3 @@ def plain_tensor(work: Workload, width: int, world: World, *, is_padded: bool) -
     return PlainTensor(
         dataset.num_users, dataset.num_items, width, world.device, is_padded=is_padded
     )
-
