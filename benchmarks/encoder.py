@@ -10,7 +10,7 @@ from torch import nn
 
 from benchmarks.measure import Figure, Ratio, Report, alternate
 from benchmarks.straightforward import StraightforwardEncoder
-from benchmarks.workloads import Int64s, history_lengths, workload
+from benchmarks.workloads import NAMES, Int64s, history_lengths, workload
 from felrec_dist.model.dropout import dropout_keys
 from felrec_dist.model.encoder import EncoderConfig, HistoryEncoder
 from felrec_dist.model.packing import PADDED_ROWS_PER_GROUP, pack
@@ -41,8 +41,8 @@ def run(quick: bool, device: torch.device) -> list[Report]:
 def _lengths(batch_size: int, history_length: int) -> dict[str, Int64s]:
     generator = np.random.default_rng(0)
     lengths = {"lengths 0 to 64": generator.integers(0, history_length + 1, batch_size)}
-    for name in ("MovieLens-100K", "Globo"):
-        work = workload(name)  # type: ignore[arg-type]
+    for name in NAMES:
+        work = workload(name)
         users_B, items_B = history_lengths(work, batch_size // 2, history_length)
         lengths[f"lengths of {work.name}"] = np.concatenate([users_B, items_B])
     return lengths

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from benchmarks.measure import Figure, Ratio, Report, alternate
+from benchmarks.plain_tensor import PlainTensor
 from benchmarks.training_side import (
     SeededRows,
     TrainingSide,
@@ -26,7 +27,7 @@ from benchmarks.training_side import (
 from benchmarks.workloads import workload
 from cache_server import CacheClient
 from felrec_dist.model.encoder import EncoderConfig
-from felrec_dist.training.representations import CacheConfig
+from felrec_dist.training.representations import CacheConfig, Representations
 from felrec_dist.training.world import World
 
 NUM_SHARDS = 2
@@ -52,6 +53,7 @@ def run(quick: bool, device: torch.device) -> list[Report]:
         sides: dict[str, TrainingSide] = {}
 
         def add(name: str, client: CacheClient | None, hot_rows: int | None = None) -> None:
+            rows: PlainTensor | Representations
             if client is None:
                 rows = plain_tensor(work, encoder.width, world, is_padded=False)
             else:

@@ -15,12 +15,11 @@ from benchmarks.training_side import (
     plain_tensor,
     training_side,
 )
-from benchmarks.workloads import Name, Workload, workload
+from benchmarks.workloads import NAMES, Workload, workload
 from felrec_dist.model.encoder import EncoderConfig
 from felrec_dist.training.world import World
 
 OURS, REFERENCE = "ours", "straightforward on a tensor"
-NAMES: tuple[Name, ...] = ("MovieLens-100K", "Globo")
 WARMUPS = 1
 
 

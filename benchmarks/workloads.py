@@ -29,6 +29,7 @@ from felrec_dist.data.synthetic import SyntheticConfig, synthesize
 
 Int64s = npt.NDArray[np.int64]
 Name = Literal["MovieLens-100K", "Globo"]
+NAMES: tuple[Name, ...] = ("MovieLens-100K", "Globo")
 
 # Beside the checkout, where the tests of real interactions look for them too.
 DEFAULT_FOLDER = Path(__file__).resolve().parents[2] / "shared" / "data"

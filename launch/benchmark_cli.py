@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
 
 from felrec_dist.errors import ConfigError
+
+if TYPE_CHECKING:
+    from benchmarks.measure import Report
 
 PAGE_WIDTH = 140
 ALL = "all"
@@ -59,7 +62,7 @@ def benchmark(
     if not page.is_terminal:
         page.width = max(page.width, PAGE_WIDTH)
 
-    reports = []
+    reports: list[Report] = []
     for one in chosen:
         found = registry.run(one, quick=quick, device=torch.device(device))
         reports += found

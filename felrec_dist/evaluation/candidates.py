@@ -22,8 +22,9 @@ from felrec_dist.training.world import World
 
 Int64s = npt.NDArray[np.int64]
 
-BLOCK_SCORES = 4_194_304
-"""Scores held at a time: bounds the memory of a batch against a catalogue of any size."""
+BLOCK_SCORES = {"cpu": 262_144, "cuda": 4_194_304}
+"""Scores held at a time: on a CPU what its cache holds while they are counted, on a GPU what keeps
+it busy. Bounds the memory of a batch against a catalogue of any size."""
 FETCHED_ROWS = 65_536
 
 
@@ -114,7 +115,7 @@ class CandidateMatrix:
             ballot.targets_B // self.world.world_size,
             -1,
         )
-        block = max(1, BLOCK_SCORES // max(1, num_events))
+        block = max(1, BLOCK_SCORES[self.world.device.type] // max(1, num_events))
         for start in range(0, num_rows, block):
             stop = min(num_rows, start + block)
             scores_BC = ballot.users_BD @ self.rows_CD[start:stop].T
@@ -144,7 +145,8 @@ class CandidateMatrix:
         )
         if not len(self.rows_CD):
             return scores_BM
-        block = max(1, BLOCK_SCORES // (max(1, num_scored) * self.rows_CD.shape[1]))
+        num_held = BLOCK_SCORES[self.world.device.type]
+        block = max(1, num_held // (max(1, num_scored) * self.rows_CD.shape[1]))
         for start in range(0, num_events, block):
             rows_BM = items_BM[start : start + block].clamp(min=0) // self.world.world_size
             users_BD = ballot.users_BD[start : start + block]

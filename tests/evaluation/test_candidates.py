@@ -148,7 +148,7 @@ def test_counts_of_any_number_of_ranks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Also with more ranks than items, blocks of one row, and a matrix with room to grow."""
-    monkeypatch.setattr(candidates_module, "BLOCK_SCORES", block_scores)
+    monkeypatch.setitem(candidates_module.BLOCK_SCORES, "cpu", block_scores)
     monkeypatch.setattr(candidates_module, "FETCHED_ROWS", 2)
     known = catalogue(num_items)
     # Targets seen, absent, first seen in this batch, and one far beyond.

@@ -1,0 +1,106 @@
+"""Every benchmark runs in quick mode and gives finite positive figures."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from benchmarks import goals, registry
+from benchmarks.goals import Goal
+from benchmarks.measure import Ratio, Report, alternate
+from launch.cli import app
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def no_real_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Synthetic interactions are prepared faster than three million real ones."""
+    monkeypatch.setenv("FELREC_DATA", "/nowhere")
+
+
+def check(reports: Sequence[Report]) -> None:
+    assert reports
+    for report in reports:
+        assert report.figures
+        for value in [*report.figures, *report.ratios]:
+            assert math.isfinite(value.value), value
+            assert value.value > 0, value
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["loader", "encoder", "train", "evaluate"])
+def test_it_gives_figures(name: str) -> None:
+    reports = registry.run(name, quick=True, device=CPU)
+    check(reports)
+    assert all(report.ratios for report in reports)
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_the_step_gives_figures_and_equal_losses() -> None:
+    (report,) = registry.run("step", quick=True, device=CPU)
+    assert [ratio.ours_to for ratio in report.ratios] == ["one tensor"] * 3
+    check([Report(report.name, report.setting, report.figures[:4], report.ratios)])
+
+
+def test_workers_are_left_out_of_quick_mode() -> None:
+    assert registry.run("workers", quick=True, device=CPU) == []
+
+
+def test_the_median_of_calls_in_turn() -> None:
+    calls: list[str] = []
+    seconds = alternate(
+        {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, repeats=3, warmups=1
+    )
+    assert calls == ["a", "b"] * 4
+    assert min(seconds.values()) > 0
+
+
+UPPER = Goal("step", "step", "all rows hot", "", 1.03, is_upper=True)
+LOWER = Goal("train", "train", "Globo", "", 5.0)
+OPTIONAL = Goal("redis", "cache", "", "Redis", 15.0, may_be_absent=True)
+
+
+def report(name: str, *ratios: tuple[str, float]) -> Report:
+    return Report(name, {}, [], [Ratio(case, "x", value, "") for case, value in ratios])
+
+
+@pytest.mark.parametrize(
+    ("goal", "reports", "ratio", "holds"),
+    [
+        (UPPER, [report("step", ("all rows hot", 1.03))], 1.03, True),
+        (UPPER, [report("step", ("all rows hot", 1.0), ("all rows hot", 1.04))], 1.04, False),
+        (LOWER, [report("train", ("synthetic in place of Globo", 5.0))], 5.0, True),
+        (LOWER, [report("train", ("Globo", 9.0), ("Globo", 4.9))], 4.9, False),
+        (LOWER, [report("step", ("Globo", 9.0)), report("train", ("other", 9.0))], None, False),
+        (OPTIONAL, [report("cache", ("fetch", 20.0))], None, True),
+    ],
+)
+def test_a_goal_takes_the_worst_of_its_ratios(
+    goal: Goal, reports: list[Report], ratio: float | None, holds: bool
+) -> None:
+    (outcome,) = goals.outcomes(reports, [goal])
+    assert (outcome.ratio, outcome.holds) == (ratio, holds)
+
+
+@pytest.mark.parametrize(("value", "exit_code"), [(8.0, 0), (7.9, 1)])
+def test_the_command_fails_when_a_goal_does(
+    monkeypatch: pytest.MonkeyPatch, value: float, exit_code: int
+) -> None:
+    found = [report("evaluate", ("1,024 users", value))]
+    monkeypatch.setattr(registry, "run", lambda name, **options: found)
+    result = CliRunner().invoke(app, ["benchmark", "evaluate", "--goals", "--json"])
+    assert result.exit_code == exit_code, result.output
+    (row,) = json.loads(result.stdout)["goals"]
+    assert row["holds"] == (exit_code == 0)
+
+
+def test_the_command_knows_its_benchmarks() -> None:
+    result = CliRunner().invoke(app, ["benchmark", "speed"])
+    assert "there is no such benchmark" in str(result.exception)
