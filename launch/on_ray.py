@@ -22,6 +22,7 @@ import ray.exceptions
 import ray.train
 import ray.train.torch
 import torch
+from ray.util.placement_group import get_current_placement_group, remove_placement_group
 
 from cache_server import CacheClient
 from cache_server.ray_transport import (
@@ -53,7 +54,7 @@ from felrec_dist.training.checkpoint import CheckpointStore
 from felrec_dist.training.run import run_evaluation, run_training
 from felrec_dist.training.trainer import Progress
 from felrec_dist.training.world import World
-from launch.board import BoardProgress, create_board, shown
+from launch.board import ANSWER_TIMEOUT_S, BoardProgress, create_board, shown
 from launch.stopping import signals_kept
 
 STOP_TIMEOUT_S = 10.0
@@ -184,6 +185,9 @@ def _attempt(config: ExperimentConfig, job: Job, board: Any) -> None:
         _fit(config, job, shards, board)
     finally:
         destroy_shard_actors(shards)
+        with suppress(ray.exceptions.RayError):
+            for group in ray.get(board.vacate.remote(), timeout=ANSWER_TIMEOUT_S):
+                remove_placement_group(group)
 
 
 def cache_name(run_url: str) -> str:
@@ -221,16 +225,21 @@ def running_cache(run_url: str) -> Iterator[CacheClient]:
 
 
 class _Trainer(ray.train.torch.TorchTrainer):
-    """Leaves Ctrl-C to Python.
-
-    Ray Train's own handler ends the driver from inside a call to Ray: with exit code 1, and before
-    anything here can say so or clean up.
-    """
+    """Leaves Ctrl-C to Python, and starts no processes that have nothing to do here."""
 
     _controller: Any = None
 
     def _register_sigint_handler(self, controller: Any) -> None:
+        # Ray Train's own handler ends the driver from inside a call to Ray: with exit code 1, and
+        # before anything here can say so or clean up.
         self._controller = controller
+
+    def _create_default_callbacks(self) -> list[Any]:
+        # There are no data sets of Ray Data; and the cleaner of placement groups, which asks the
+        # dashboard whether the controller lives, does nothing where there is no dashboard.
+        idle = ("DatasetsCallback", "PlacementGroupCleanerCallback")
+        callbacks = super()._create_default_callbacks()
+        return [each for each in callbacks if type(each).__name__ not in idle]
 
     def abort(self) -> None:
         """Stops the workers, with a limit; their actors end with the driver in any case."""
@@ -330,6 +339,8 @@ def _work(tree: dict[str, Any], job: Job, shards: ShardHandles, board: Any) -> N
     if world.device.type == "cpu":
         torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
     progress = BoardProgress(board)
+    if world.is_first:
+        board.occupy.remote(get_current_placement_group())
     try:
         with CacheClient(RayTransport(shards), timeout_s=config.cache.timeout_s) as client:
             if job.checkpoint_url is None:

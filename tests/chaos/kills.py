@@ -18,7 +18,7 @@ import numpy as np
 from felrec_dist.config import ExperimentConfig
 from felrec_dist.data.dataset import PreparedDataset
 from felrec_dist.training.checkpoint import CheckpointStore
-from felrec_dist.training.trainer import NoProgress
+from felrec_dist.training.trainer import NoProgress, Progress
 from launch import on_ray
 from tests import tiny
 from tests.processes import actors
@@ -59,36 +59,47 @@ def prepare_events(folder: Path, num_kills: int) -> PreparedDataset:
     return tiny.prepare_events(folder, num_events=num_steps * tiny.BATCH * 10 // 8 + tiny.BATCH)
 
 
-def experiment(data_url: str, run_url: str) -> ExperimentConfig:
-    """In float64, with 2 workers, 2 shards and a checkpoint every 4 steps."""
+def experiment(
+    data_url: str, run_url: str, *, timeout_s: float = 300.0, max_failures: int = 3
+) -> ExperimentConfig:
+    """In float64, with 2 workers, 2 shards and a checkpoint every 4 steps.
+
+    Args:
+        data_url, run_url: of the run.
+        timeout_s: limit of a rank's wait for the others, and for a shard.
+        max_failures: without a new checkpoint in between.
+    """
     return tiny.experiment(
         data_url,
         run_url,
         {
             "training": {"dtype": "float64", "schedule": {"epochs": EPOCHS, "warmup_epochs": 1}},
-            "cache": {"num_shards": SHARDS, "block_rows": 16, "storage": "float64"},
+            "cache": {
+                "num_shards": SHARDS,
+                "block_rows": 16,
+                "storage": "float64",
+                "timeout_s": min(timeout_s, 60.0),
+            },
             "checkpoint": {"every_steps": 4},
-            "cluster": {"num_workers": WORKERS},
+            "cluster": {
+                "num_workers": WORKERS,
+                "collective_timeout_s": timeout_s,
+                "max_failures": max_failures,
+            },
         },
     )
 
 
-def train(config: ExperimentConfig, killer: Killer | None = None, timeout_s: float = 600.0) -> None:
+def train(
+    config: ExperimentConfig, progress: Progress | None = None, timeout_s: float = 600.0
+) -> None:
     """Runs to the end, within a time limit.
 
     Raises:
         RunStoppedError: the time was over.
     """
     deadline = time.monotonic() + timeout_s
-
-    def is_over() -> bool:
-        return time.monotonic() > deadline
-
-    if killer is None:
-        on_ray.run(config, on_ray.Job(), NoProgress(), is_over)
-        return
-    with killer:
-        on_ray.run(config, on_ray.Job(), killer, is_over)
+    on_ray.run(config, on_ray.Job(), progress or NoProgress(), lambda: time.monotonic() > deadline)
 
 
 class Killer(NoProgress):

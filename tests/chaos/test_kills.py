@@ -40,7 +40,8 @@ def test_twenty_kills_change_nothing(tmp_path: Path) -> None:
     killer = Killer(killed, num_steps, NUM_KILLS, seed=0)
 
     train(undisturbed, timeout_s=TIMEOUT_S)
-    train(killed, killer, timeout_s=TIMEOUT_S)
+    with killer:
+        train(killed, killer, timeout_s=TIMEOUT_S)
 
     for kill in killer.kills:
         print(kill)
