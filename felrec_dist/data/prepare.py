@@ -592,6 +592,8 @@ def _make_parents(path: Path) -> list[Path]:
 
 def _temporary_folder(parent: str | os.PathLike[str] | None) -> tempfile.TemporaryDirectory[str]:
     try:
+        if "?" in str(parent):
+            raise OSError("DuckDB takes what follows a ? for options")
         return tempfile.TemporaryDirectory(prefix="felrec-prepare-", dir=parent)
     except OSError as error:
         raise ConfigError(

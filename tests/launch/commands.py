@@ -1,9 +1,14 @@
-"""How a command of ``felrec`` ended; the fixture ``felrec`` runs one."""
+"""How a command of ``felrec`` is run in the tests' own process, and how it ended."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+
+import pytest
+
+from launch.cli import main
 
 
 @dataclass(frozen=True)
@@ -16,6 +21,22 @@ class Ended:
 
 
 Felrec = Callable[..., Ended]
+
+
+def runner(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Felrec:
+    """Returns what runs the command as the console script does."""
+
+    def run(*args: object) -> Ended:
+        monkeypatch.setattr(sys, "argv", ["felrec", *map(str, args)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as end:
+            main()
+        code = end.value.code or 0
+        assert isinstance(code, int)
+        out, err = capfd.readouterr()
+        return Ended(code, out, err)
+
+    return run
 
 
 def assert_failed(ended: Ended, error: str, *words: str) -> None:
