@@ -64,18 +64,18 @@ Float32s = NDArray[np.float32]
 
 def run(quick: bool) -> list[Report]:
     """Fetch, write-back, growth and id index; ``quick`` on fewer rows."""
+    return list(one_by_one(quick))
+
+
+def one_by_one(quick: bool) -> Iterator[Report]:
+    """The reports of ``run``, each as soon as it is there."""
     num_rows = 100_000 if quick else 1_000_000
     with ray_shards() as clients:
         stored = fill(clients, num_rows)
-        reports = [
-            measure_fetches(clients, stored, repeats=7 if quick else 31),
-            measure_writes(clients, num_rows, repeats=11 if quick else 101),
-        ]
-    return [
-        *reports,
-        measure_growth(1_000_000 if quick else 10_000_000),
-        measure_index(200_000 if quick else 10_000_000, repeats=3),
-    ]
+        yield measure_fetches(clients, stored, repeats=7 if quick else 31)
+        yield measure_writes(clients, num_rows, repeats=11 if quick else 101)
+    yield measure_growth(1_000_000 if quick else 10_000_000)
+    yield measure_index(200_000 if quick else 10_000_000)
 
 
 @contextmanager
@@ -238,14 +238,15 @@ def measure_growth(num_rows: int) -> Report:
     )
 
 
-def measure_index(num_keys: int, repeats: int) -> Report:
+def measure_index(num_keys: int) -> Report:
     """Row numbers for all keys, one after another; then those of as many keys in random order."""
     generator = np.random.default_rng(4)
     keys = ids(np.arange(num_keys))
     looked_up = generator.permutation(keys)
     batches = np.array_split(keys, max(1, num_keys // NUM_FETCHED))
     lookups = np.array_split(looked_up, len(batches))
-    index, by_key = IdIndex(), {}
+    index = IdIndex()
+    by_key: dict[int, int] = {}
 
     def insert() -> None:
         nonlocal index
@@ -260,14 +261,14 @@ def measure_index(num_keys: int, repeats: int) -> Report:
             for key in batch.tolist():
                 by_key.setdefault(key, len(by_key))
 
-    inserts = alternate({"ours": insert, DICT: insert_in_dict}, repeats=repeats, warmups=1)
+    inserts = alternate({"ours": insert, DICT: insert_in_dict}, repeats=3, warmups=0)
     reads = alternate(
         {
             "ours": lambda: [index.lookup(batch) for batch in lookups],
             DICT: lambda: [[by_key.get(key, -1) for key in batch.tolist()] for batch in lookups],
         },
-        repeats=repeats,
-        warmups=1,
+        repeats=3,
+        warmups=0,
     )
     if index.lookup(looked_up[:1000]).tolist() != [
         by_key[key] for key in looked_up[:1000].tolist()
@@ -380,7 +381,7 @@ def setting() -> dict[str, object]:
 def main(quick: bool = typer.Option(False, help="Fewer rows, less than half a minute.")) -> None:
     """Prints the reports."""
     console = Console()
-    for report in run(quick):
+    for report in one_by_one(quick):
         report.show(console)
 
 

@@ -343,10 +343,9 @@ class RayTransport:
     def __init__(self, handles: ShardHandles, *, shared_memory: bool | None = None) -> None:
         self._actors = handles.actors
         self._tables = handles.tables
-        shared = _same_node(handles) if shared_memory is None else set(range(self.num_shards))
-        if shared_memory is False or not can_share():
-            shared = set()
-        self._pools = {shard: BufferPool() for shard in shared}
+        shards = _shards_on_this_node(handles) if shared_memory is None else range(self.num_shards)
+        is_possible = shared_memory is not False and can_share()
+        self._pools = {shard: BufferPool() for shard in shards if is_possible}
 
     @property
     def tables(self) -> Mapping[str, TableSpec]:
@@ -443,10 +442,9 @@ class _Call:
     shared: SharedFetch | SharedWrite | None = None
 
 
-def _same_node(handles: ShardHandles) -> set[int]:
-    """The shards on this process's node."""
+def _shards_on_this_node(handles: ShardHandles) -> Sequence[int]:
     node_id = ray.get_runtime_context().get_node_id()
-    return {shard for shard, other in enumerate(handles.node_ids) if other == node_id}
+    return [shard for shard, other in enumerate(handles.node_ids) if other == node_id]
 
 
 def _reply(shard: int, ref: Any, deadline: float) -> Reply:
