@@ -20,7 +20,7 @@ OURS, REFERENCE = "ours", "straightforward"
 
 def run(quick: bool, device: torch.device) -> list[Report]:
     """Uniform lengths, those of MovieLens-100K, those of Globo; both sides of each event."""
-    batch_size = 128 if quick else 1024
+    batch_size = 64 if quick else 1024
     config = EncoderConfig()
     torch.manual_seed(0)
     encoder = HistoryEncoder(config).to(device).train()
@@ -30,7 +30,7 @@ def run(quick: bool, device: torch.device) -> list[Report]:
     figures, ratios = [], []
     for case, lengths_B in _lengths(batch_size, config.history_length).items():
         steps = _forward_and_backward(encoder, reference, lengths_B, device)
-        seconds = alternate(steps, repeats=3 if quick else 5, warmups=1)
+        seconds = alternate(steps, repeats=2 if quick else 5, warmups=1)
         figures += [Figure(case, side, 1e3 * s, "ms") for side, s in seconds.items()]
         speedup = seconds[REFERENCE] / seconds[OURS]
         ratios.append(Ratio(case, REFERENCE, speedup, "times faster"))

@@ -40,6 +40,27 @@ GOALS = (
     Goal("train MovieLens-100K, faster", "train", "MovieLens-100K", "", 3.0),
     Goal("train Globo, faster", "train", "Globo", "", 5.0),
     Goal("evaluate, faster than sorting", "evaluate", "", "", 8.0),
+    Goal(
+        "fetch from Ray, to a NumPy gather", "cache", "fetch of", "NumPy gather", 2.5, is_upper=True
+    ),
+    Goal("fetch, faster than Redis", "cache", "fetch of", "Redis", 15.0, may_be_absent=True),
+    Goal(
+        "memory of a row, to its bare bytes",
+        "cache",
+        "memory of a row",
+        "key, version and row: index and rows",
+        1.15,
+        is_upper=True,
+    ),
+    # Processor time: what others do on the machine is no pause of the cache.
+    Goal(
+        "slowest fetch of a growing cache, to its median",
+        "cache",
+        "fetch while the cache grows",
+        "its median, processor time",
+        3.0,
+        is_upper=True,
+    ),
     Goal("2 workers, faster than 1", "workers", workers.TWO, workers.ONE, 1.8, may_be_absent=True),
 )
 

@@ -39,7 +39,7 @@ PHASES = ("wait", "rows", "encode", "backward", "exchange", "write_back")
 
 def run(quick: bool, device: torch.device) -> list[Report]:
     """One tensor and three caches, in turn."""
-    batch_size, steps_a_turn, repeats = (64, 2, 3) if quick else (1024, 2, 9)
+    batch_size, steps_a_turn, repeats = (64, 1, 3) if quick else (1024, 2, 9)
     warmups = 1
     world = World(0, 1, device)
     encoder = EncoderConfig()

@@ -94,7 +94,14 @@ class ModelOutput:
 
 
 class FELRec(nn.Module):
-    """Encoder and type embeddings: all that evaluation needs."""
+    """Encoder and type embeddings: all that evaluation needs.
+
+    Attributes:
+        uses_bfloat16: whether the encoder's matrix products are of bfloat16; what it gives has the
+            model's type all the same.
+    """
+
+    uses_bfloat16 = False
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -107,14 +114,14 @@ class FELRec(nn.Module):
     def represent(self, inputs: EncoderInputs) -> tuple[Tensor, Tensor]:
         """Returns the representations of the events' users and items, (B, D) each."""
         keys_2B = inputs.dropout_keys_2B
-        user_BD = self.encoder(
+        user_BD = self._encode(
             inputs.items_of_users_BSD,
             inputs.users,
             self.item_type_embedding,
             inputs.user_identity_BD,
             None if keys_2B is None else keys_2B[0],
         )
-        item_BD = self.encoder(
+        item_BD = self._encode(
             inputs.users_of_items_BSD,
             inputs.items,
             self.user_type_embedding,
@@ -136,8 +143,21 @@ class FELRec(nn.Module):
         empty_M1D = self.user_type_embedding.new_zeros(num_encoded, 1, width)
         lengths_M = np.zeros(num_encoded, dtype=np.int64)
         packing = pack(lengths_M, self.encoder.history_length, 0).to(empty_M1D.device)
-        encoded_MD = self.encoder(empty_M1D, packing, self.user_type_embedding, identity_MD)
-        return cast(Tensor, encoded_MD.expand(num_items, width))
+        encoded_MD = self._encode(empty_M1D, packing, self.user_type_embedding, identity_MD, None)
+        return encoded_MD.expand(num_items, width)
+
+    def _encode(
+        self,
+        history_BSD: Tensor,
+        packing: Packing,
+        type_D: Tensor,
+        empty_BD: Tensor | None,
+        dropout_keys_B: Tensor | None,
+    ) -> Tensor:
+        device_type = history_BSD.device.type
+        with torch.autocast(device_type, torch.bfloat16, enabled=self.uses_bfloat16):
+            encoded_BD = self.encoder(history_BSD, packing, type_D, empty_BD, dropout_keys_B)
+        return cast(Tensor, encoded_BD.to(type_D.dtype))
 
     def push_queues(self, *projections_BD: Tensor) -> None:
         """Takes the projections of the whole batch, in event order, after the loss."""

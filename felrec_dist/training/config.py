@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from felrec_dist.section import Section
 from felrec_dist.training.schedule import ScheduleConfig
@@ -27,6 +27,17 @@ class TrainingConfig(Section):
     dtype: Literal["float32", "float64"] = Field(
         "float32", description="of the model and of what the ranks exchange"
     )
+    autocast: Literal["off", "bfloat16"] = Field(
+        "off", description="type of the matrix products inside the encoder; faster on most GPUs"
+    )
+
+    @model_validator(mode="after")
+    def _autocast_is_for_float32(self) -> TrainingConfig:
+        if self.autocast != "off" and self.dtype != "float32":
+            raise ValueError(
+                f"autocast = {self.autocast} needs dtype = float32, it is {self.dtype}"
+            )
+        return self
 
     def build_optimizer(self, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
         """Returns the optimizer; each step sets its learning rate from the schedule."""

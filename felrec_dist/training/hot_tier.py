@@ -162,8 +162,10 @@ class HotTier:
     def _store(self, slots_M: Int32s, rows_MD: Tensor, is_wanted_M: Bools) -> None:
         self._fit_rows()
         if not is_wanted_M.all():
-            slots_M = slots_M[is_wanted_M]
-            rows_MD = rows_MD[torch.from_numpy(is_wanted_M).to(rows_MD.device)]
+            # A mask on a GPU would make the host wait for it.
+            wanted = np.flatnonzero(is_wanted_M)
+            slots_M = slots_M[wanted]
+            rows_MD = rows_MD.index_select(0, torch.from_numpy(wanted).to(rows_MD.device))
         if len(slots_M):
             slots = torch.from_numpy(slots_M).to(self._rows_CD.device, torch.int64)
             self._rows_CD.index_copy_(0, slots, rows_MD.to(self._rows_CD))

@@ -270,8 +270,8 @@ class Representations:
     def _rows_of(self, side: str, ids_M: npt.NDArray[np.int64], fetched: FetchedRows) -> Tensor:
         rows_MD = torch.from_numpy(fetched.rows).to(self.device, self.dtype)
         if self.absent_row == "identity" and not fetched.found.all():
-            absent = torch.from_numpy(~fetched.found).to(self.device)
-            rows_MD[absent] = self._identity(side, ids_M[~fetched.found])
+            absent = np.flatnonzero(~fetched.found)
+            rows_MD.index_copy_(0, self._to_device(absent), self._identity(side, ids_M[absent]))
         return rows_MD
 
     def _to_device(self, array: npt.NDArray[np.integer]) -> Tensor:

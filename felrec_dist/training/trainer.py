@@ -145,6 +145,7 @@ class Trainer:
 
         torch.manual_seed(config.training.seed)
         self.model = build_model(config.model).to(world.device, dtype)
+        self.model.uses_bfloat16 = config.training.autocast == "bfloat16"
         # The buffers are equal on all ranks by construction; DDP need not send them.
         self.forward: Callable[[EncoderInputs], ModelOutput] = (
             DistributedDataParallel(self.model, broadcast_buffers=False)

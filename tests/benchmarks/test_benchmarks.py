@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
@@ -22,6 +22,15 @@ CPU = torch.device("cpu")
 def no_real_data(monkeypatch: pytest.MonkeyPatch) -> None:
     """Synthetic interactions are prepared faster than three million real ones."""
     monkeypatch.setenv("FELREC_DATA", "/nowhere")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """As the command sets it, and undone."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
 
 
 def check(reports: Sequence[Report]) -> None:
