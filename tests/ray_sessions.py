@@ -24,6 +24,8 @@ def ray_session(num_cpus: int = 2, **settings: Any) -> Iterator[None]:
         # Ray asks for a token as soon as one lies in the home folder; the tests need none.
         environment.setenv("RAY_AUTH_MODE", "disabled")
         ray.init(
+            # Of its own, also where another Ray runs on this machine.
+            address="local",
             num_cpus=num_cpus,
             include_dashboard=False,
             configure_logging=False,

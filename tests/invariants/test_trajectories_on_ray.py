@@ -23,7 +23,7 @@ from cache_server.ray_transport import (
     create_shard_actors,
     destroy_shard_actors,
 )
-from cache_server.transport import Transport
+from cache_server.snapshot import SnapshotPart
 from felrec_dist.config import ExperimentConfig
 from felrec_dist.data.dataset import PreparedDataset
 from felrec_dist.training import hot_tier
@@ -68,17 +68,38 @@ def ranks_of(session: None) -> Iterator[Callable[[int], RayRanks]]:
         ranks.stop()
 
 
-@contextmanager
-def shards_of(config: ExperimentConfig) -> Iterator[ShardHandles]:
-    shards = create_shard_actors(
-        config.cache.tables(config.model.encoder.width),
-        config.cache.num_shards,
-        block_rows=config.cache.block_rows,
-    )
-    try:
-        yield shards
-    finally:
+@pytest.fixture(scope="module")
+def shards_for(
+    session: None, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[[ExperimentConfig], ShardHandles]]:
+    """The shards of a config, as if they had just started: each number of them is started once."""
+    started: dict[int, tuple[ShardHandles, list[SnapshotPart]]] = {}
+    folder = tmp_path_factory.mktemp("empty")
+
+    def get(config: ExperimentConfig) -> ShardHandles:
+        num_shards = config.cache.num_shards
+        tables = config.cache.tables(config.model.encoder.width)
+        prefix = str(folder / str(num_shards))
+        if num_shards not in started:
+            shards = create_shard_actors(tables, num_shards, block_rows=config.cache.block_rows)
+            started[num_shards] = shards, CacheClient(RayTransport(shards)).snapshot(prefix)
+        shards, parts = started[num_shards]
+        assert shards.tables == tables
+        # Back to generation 0, where no clear leads.
+        CacheClient(RayTransport(shards)).restore(prefix, parts, generation=0, step=0)
+        return shards
+
+    yield get
+    for shards, _ in started.values():
         destroy_shard_actors(shards)
+
+
+def messages_seen(shards: ShardHandles) -> Counter[str]:
+    seen: Counter[str] = Counter()
+    for stats in CacheClient(RayTransport(shards)).stats():
+        seen["repeated messages"] += stats.repeated_messages
+        seen["messages of an older generation"] += stats.late_messages
+    return seen
 
 
 @pytest.mark.parametrize(
@@ -89,23 +110,24 @@ def shards_of(config: ExperimentConfig) -> Iterator[ShardHandles]:
     ],
 )
 def test_late_repeated_and_reordered_messages_change_nothing(
-    trajectory: Trajectory, ranks_of: Callable[[int], RayRanks], tmp_path: Path
+    trajectory: Trajectory,
+    ranks_of: Callable[[int], RayRanks],
+    shards_for: Callable[[ExperimentConfig], ShardHandles],
+    tmp_path: Path,
 ) -> None:
     dataset = prepare_events(trajectory, tmp_path)
     config = trajectory.config(
         dataset.url, str(tmp_path / "run"), num_workers=2, num_shards=3, hot_rows=0
     )
-    with shards_of(config) as shards:
-        by_rank = ranks_of(2).run(
-            tmp_path, LIMIT_S, _replay_with_faults, trajectory, config, dataset, shards
-        )
-        stats = CacheClient(RayTransport(shards)).stats()
-    seen: Counter[str] = Counter()
+    shards = shards_for(config)
+    seen_before = messages_seen(shards)
+    by_rank = ranks_of(2).run(
+        tmp_path, LIMIT_S, _replay_with_faults, trajectory, config, dataset, shards
+    )
+    seen = messages_seen(shards)
+    seen.subtract(seen_before)
     for counts in by_rank:
         seen.update(asdict(counts))
-    for shard in stats:
-        seen["repeated messages"] += shard.repeated_messages
-        seen["messages of an older generation"] += shard.late_messages
     assert all(seen.values()), seen
 
 
@@ -128,6 +150,7 @@ def test_any_number_of_ranks_and_shards(
     num_shards: int,
     hot_rows: int,
     ranks_of: Callable[[int], RayRanks],
+    shards_for: Callable[[ExperimentConfig], ShardHandles],
     tmp_path: Path,
 ) -> None:
     dataset = prepare_events(trajectory, tmp_path)
@@ -138,8 +161,8 @@ def test_any_number_of_ranks_and_shards(
         num_shards=num_shards,
         hot_rows=hot_rows,
     )
-    with shards_of(config) as shards:
-        ranks_of(num_workers).run(tmp_path, LIMIT_S, _replay, trajectory, config, dataset, shards)
+    shards = shards_for(config)
+    ranks_of(num_workers).run(tmp_path, LIMIT_S, _replay, trajectory, config, dataset, shards)
 
 
 def _replay(
@@ -148,7 +171,8 @@ def _replay(
     dataset: PreparedDataset,
     shards: ShardHandles,
 ) -> None:
-    _replay_over(RayTransport(shards), trajectory, config, dataset)
+    with _without_reserve(), CacheClient(RayTransport(shards), timeout_s=30.0) as client:
+        replay(trajectory, config, dataset, client)
 
 
 def _replay_with_faults(
@@ -158,17 +182,15 @@ def _replay_with_faults(
     shards: ShardHandles,
 ) -> FaultCounts:
     transport = FaultyTransport(RayTransport(shards), seed=dist.get_rank())
-    _replay_over(transport, trajectory, config, dataset)
+    with _without_reserve(), CacheClient(transport, timeout_s=30.0) as client:
+        replay(trajectory, config, dataset, client)
+        transport.deliver_all(30.0)
     return transport.counts
 
 
-def _replay_over(
-    transport: Transport,
-    trajectory: Trajectory,
-    config: ExperimentConfig,
-    dataset: PreparedDataset,
-) -> None:
-    with pytest.MonkeyPatch.context() as patch, CacheClient(transport, timeout_s=30.0) as client:
-        # With the reserve the hot tier would hold all rows, however few it is to keep.
+@contextmanager
+def _without_reserve() -> Iterator[None]:
+    """With its reserve the hot tier would hold all rows, however few it is to keep."""
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hot_tier, "SMALLEST_RESERVE", 1)
-        replay(trajectory, config, dataset, client)
+        yield
