@@ -37,9 +37,10 @@ def check(reports: Sequence[Report]) -> None:
     assert reports
     for report in reports:
         assert report.figures
-        for value in [*report.figures, *report.ratios]:
-            assert math.isfinite(value.value), value
-            assert value.value > 0, value
+        values = [one.value for one in report.figures] + [one.value for one in report.ratios]
+        for value in values:
+            assert math.isfinite(value), report
+            assert value > 0, report
 
 
 @pytest.mark.slow
