@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: setup demo test test-slow lint
+.PHONY: setup demo test test-slow chaos lint
 setup: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml launch/install.sh launch/constraints.txt
@@ -24,6 +24,10 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
+
+# Kills processes of trainings, over and over: about half an hour; CHAOS="--minutes 600 --runs 40".
+chaos: $(INSTALLED)
+	$(BIN)/python -m tests.chaos $(CHAOS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

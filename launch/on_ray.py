@@ -142,7 +142,9 @@ class _Patience:
     def next_delay(self, error: FelrecError) -> float:
         """Returns the seconds to wait before the next attempt, or raises ``error``.
 
-        After a new checkpoint the first attempt comes at once: most often one process was lost.
+        After a new checkpoint the first attempt comes at once: most often one process was lost. The
+        next ones wait longer each: Ray takes some 15 s to notice a node that is gone, and until
+        then it places processes there.
         """
         latest = self.latest
         with suppress(StorageError):  # what cannot be read is no progress, and may be the failure
@@ -152,7 +154,9 @@ class _Patience:
         self._num_failures += 1
         if self._num_failures > self._max_failures:
             raise error
-        return min(2.0 ** (self._num_failures - 1) - 1.0, LONGEST_DELAY_S)
+        if self._num_failures == 1:
+            return 0.0
+        return min(4.0 ** (self._num_failures - 1), LONGEST_DELAY_S)
 
 
 def _pause(seconds: float, should_stop: Callable[[], bool], latest: str | None) -> None:

@@ -102,7 +102,22 @@ def train(
     on_ray.run(config, on_ray.Job(), progress or NoProgress(), lambda: time.monotonic() > deadline)
 
 
-class Killer(NoProgress):
+class Lines(NoProgress):
+    """Remembers what was said."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
+
+    @property
+    def num_lost(self) -> int:
+        """How often something was lost, and the driver noticed."""
+        return sum(line.startswith("lost: ") for line in self.lines)
+
+
+class Killer(Lines):
     """Kills -9 one process after the other while its body trains.
 
     Which and when is drawn from the seed: the kills are spread over the run's steps, each comes a
@@ -125,8 +140,8 @@ class Killer(NoProgress):
         seed: int,
         kinds: Sequence[str] = ("worker", "shard"),
     ) -> None:
+        super().__init__()
         self.kills: list[Kill] = []
-        self.lines: list[str] = []
         self._store = CheckpointStore(config.run.url)
         self._steps_per_epoch = num_steps // config.training.schedule.epochs
         self._draw = np.random.default_rng(seed)
@@ -134,13 +149,8 @@ class Killer(NoProgress):
         # In each of as many equal parts of the run; the last ends a little before the run does.
         starts = np.linspace(0, num_steps - _STEPS_PER_KILL / 2, num_kills, endpoint=False)
         self._due = starts + self._draw.uniform(0, starts[1] - starts[0], num_kills)
-        self._num_lost = 0
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._kill_all, name="killer", daemon=True)
-
-    def say(self, line: str) -> None:
-        self.lines.append(line)
-        self._num_lost += line.startswith("lost: ")
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -164,10 +174,10 @@ class Killer(NoProgress):
             pids = actors(KINDS[kind])
             if not pids:  # the run has just ended
                 return
-            step, num_lost = self._steps_done(), self._num_lost
+            step, num_lost = self._steps_done(), self.num_lost
             began = time.monotonic()
             os.kill(int(self._draw.choice(pids)), signal.SIGKILL)
-            if not self._wait(lambda lost=num_lost: self._num_lost > lost):  # type: ignore[misc]
+            if not self._wait(lambda lost=num_lost: self.num_lost > lost):  # type: ignore[misc]
                 return
             noticed_s = time.monotonic() - began
             # What was committed until now may be the dead attempt's.

@@ -1,0 +1,92 @@
+"""A node of the cluster is lost while a run trains on it, and another one joins."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ray = pytest.importorskip("ray")
+
+from ray.cluster_utils import Cluster  # noqa: E402
+
+from cache_server.ray_transport import create_shard_actors  # noqa: E402
+from felrec_dist.training.checkpoint import CheckpointStore  # noqa: E402
+from launch import on_ray  # noqa: E402
+from tests.chaos.kills import KINDS, Lines, experiment, prepare_events, train  # noqa: E402
+from tests.processes import actors  # noqa: E402
+from tests.runs import differences  # noqa: E402
+
+TIMEOUT_S = 400.0
+OBJECT_STORE_BYTES = 100 * 2**20
+
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.slow,
+    pytest.mark.timeout(3 * TIMEOUT_S),
+    # Ray Train makes a context of Ray Data, which warns of itself.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context"),
+]
+
+
+NODE = {"num_cpus": 2, "object_store_memory": OBJECT_STORE_BYTES}
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A head for the driver, and two nodes for a worker and a shard each.
+
+    Nodes are processes of this machine.
+    """
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    # The shards of so small an experiment would all stay with the driver.
+    spread = partial(create_shard_actors, num_cpus=1, placement_strategy="SPREAD")
+    monkeypatch.setattr(on_ray, "create_shard_actors", spread)
+    cluster = Cluster(
+        initialize_head=True, head_node_args={**NODE, "num_cpus": 0, "include_dashboard": False}
+    )
+    try:
+        for _ in range(2):
+            cluster.add_node(**NODE)
+        ray.init(address=cluster.address, configure_logging=False, log_to_driver=False)
+        yield cluster
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+def test_a_lost_node_is_replaced(cluster: Any, tmp_path: Path) -> None:
+    dataset = prepare_events(tmp_path, num_kills=6)
+    undisturbed = experiment(dataset.url, str(tmp_path / "undisturbed"))
+    config = experiment(dataset.url, str(tmp_path / "run"))
+    said = Lines()
+    store = CheckpointStore(config.run.url)
+    train(undisturbed, timeout_s=TIMEOUT_S)
+
+    # Nodes can be started in the main thread only.
+    with ThreadPoolExecutor(max_workers=1) as executor:
+        training = executor.submit(train, config, said, TIMEOUT_S)
+        wait_until(lambda: store.latest() is not None or training.done())
+        node = next(iter(cluster.worker_nodes))
+        raylet = node.all_processes["raylet"][0].process.pid
+        on_it = [kind for kind, actor in KINDS.items() if actors(actor, raylet)]
+        cluster.remove_node(node, allow_graceful=False)
+        wait_until(lambda: said.num_lost > 0 or training.done())
+        cluster.add_node(**NODE)
+        training.result()
+
+    assert on_it == ["worker", "shard"]
+    assert said.num_lost >= 1
+    assert differences(undisturbed.run.url, config.run.url) == []
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
