@@ -13,7 +13,7 @@
     │   ├── ShardLostError
     │   └── SnapshotError
     ├── DownloadError (OSError)    a public data set that cannot be fetched
-    ├── StorageError (OSError)     a file of a run that cannot be written or read
+    ├── StorageError (OSError)     a storage that is full, not writable or not reached
     └── TrainingError (RuntimeError)
         ├── NonFiniteLossError     the loss is NaN or infinite
         ├── RunStoppedError        somebody asked the run to stop
@@ -78,7 +78,7 @@ class DownloadError(FelrecError, OSError):
 
 
 class StorageError(FelrecError, OSError):
-    """The storage of a run refuses: full, not writable, not reachable."""
+    """A storage refuses: full, not writable, not reachable."""
 
 
 class TrainingError(FelrecError, RuntimeError):

@@ -24,7 +24,8 @@ def write_whole(url: str, content: bytes, what: str) -> None:
         what: could not be done if this fails, one sentence.
 
     Raises:
-        StorageError: it cannot be written; what was there under its name before still is.
+        StorageError: it cannot be written. What was there under its name before still is, unless
+            the storage took half of the file for the whole: that half is removed.
     """
     with storage_errors(what, url):
         fs, path = fsspec.core.url_to_fs(url)

@@ -637,7 +637,7 @@ RAW_CASES = [
         nothing,
         "text does not tell the unit | felrec prepare | - | --timestamp-unit s, ms, us or iso | -",
         error=ConfigError,
-        command=(*CSV[:-2], "--out", "PLACE/out/new"),
+        command=[word for word in PREPARE if word not in ("--timestamp-unit", "s")],
     ),
     raw_case(
         "output is a prepared data set",
