@@ -37,9 +37,8 @@ def check(reports: Sequence[Report]) -> None:
     assert reports
     for report in reports:
         assert report.figures
-        for value in [*report.figures, *report.ratios]:
-            assert math.isfinite(value.value), value
-            assert value.value > 0, value
+        values = [f.value for f in report.figures] + [r.value for r in report.ratios]
+        assert all(math.isfinite(value) and value > 0 for value in values), report
 
 
 @pytest.mark.slow

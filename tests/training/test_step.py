@@ -49,14 +49,14 @@ class NoSynchronisation(TorchDispatchMode):
 def test_nothing_waits_for_a_result(
     dataset: PreparedDataset, tmp_path: Path, variant: str, hot_rows: int, absent_row: str
 ) -> None:
-    changes = {
+    changes: dict[str, dict[str, Any]] = {
         "model": {"variant": variant, "absent_row": absent_row},
         "cache": {"hot_rows": hot_rows},
     }
     config = tiny.experiment(dataset.url, str(tmp_path), changes)
 
     def step(trainer: Trainer, loaded: LoadedBatch) -> None:
-        with NoSynchronisation():
+        with NoSynchronisation():  # type: ignore[no-untyped-call]
             trainer.step(loaded, 0, 0.01)
 
     with tiny.build_trainer(config, dataset) as trainer:
