@@ -7,6 +7,7 @@ from contextlib import ExitStack
 import torch
 
 from benchmarks.measure import Figure, Ratio, Report, alternate
+from benchmarks.plain_tensor import PlainTensor
 from benchmarks.training_side import (
     SeededRows,
     TrainingSide,
@@ -17,9 +18,10 @@ from benchmarks.training_side import (
 )
 from benchmarks.workloads import NAMES, Workload, workload
 from felrec_dist.model.encoder import EncoderConfig
+from felrec_dist.training.representations import Representations
 from felrec_dist.training.world import World
 
-OURS, REFERENCE = "ours", "straightforward on a tensor"
+OURS, BFLOAT16, REFERENCE = "ours", "ours, bfloat16", "straightforward on a tensor"
 WARMUPS = 1
 
 
@@ -36,16 +38,25 @@ def measure(work: Workload, quick: bool, device: torch.device) -> Report:
     span = work.middle(WARMUPS + repeats, batch_size)
     seeded = SeededRows.of(work, span, encoder.width, encoder.history_length)
     with ExitStack() as stack:
-        client = stack.enter_context(in_process_client(1, encoder.width))
-        ours = cached_representations(client, world)
-        stack.callback(ours.close)
-        plain = plain_tensor(work, encoder.width, world, is_padded=True)
         sides: dict[str, TrainingSide] = {}
-        for name, rows in ((OURS, ours), (REFERENCE, plain)):
+        for name in (OURS, BFLOAT16, REFERENCE):
+            rows: PlainTensor | Representations
+            if name == REFERENCE:
+                rows = plain_tensor(work, encoder.width, world, is_padded=True)
+            else:
+                client = stack.enter_context(in_process_client(1, encoder.width))
+                rows = cached_representations(client, world)
+                stack.callback(rows.close)
             seeded.fill(rows)
             sides[name] = stack.enter_context(
                 training_side(
-                    work, span, batch_size, rows, world, is_straightforward=name == REFERENCE
+                    work,
+                    span,
+                    batch_size,
+                    rows,
+                    world,
+                    is_straightforward=name == REFERENCE,
+                    uses_bfloat16=name == BFLOAT16,
                 )
             )
         seconds = alternate(
@@ -57,6 +68,9 @@ def measure(work: Workload, quick: bool, device: torch.device) -> Report:
         Figure(work.name, name, batch_size / one_step, "events/s")
         for name, one_step in seconds.items()
     ]
-    speedup = seconds[REFERENCE] / seconds[OURS]
+    ratios = [
+        Ratio(case, REFERENCE, seconds[REFERENCE] / seconds[name], "times faster")
+        for case, name in ((work.name, OURS), (f"{work.name}, bfloat16", BFLOAT16))
+    ]
     setting = {"B": batch_size, "N": 64, "D": 128, "L": 3, "model": "felrec-q"}
-    return Report("train", setting, figures, [Ratio(work.name, REFERENCE, speedup, "times faster")])
+    return Report("train", setting, figures, ratios)

@@ -71,6 +71,7 @@ def training_side(
     world: World,
     *,
     is_straightforward: bool = False,
+    uses_bfloat16: bool = False,
 ) -> Iterator[TrainingSide]:
     """Yields FELRec-Q of the paper's sizes on the batches of a span.
 
@@ -79,6 +80,7 @@ def training_side(
         representations: seeded, or those of an earlier part of the run.
         world: of this rank.
         is_straightforward: whether the encoder is the reference's.
+        uses_bfloat16: of the model.
     """
     config = ModelConfig()
     torch.manual_seed(0)
@@ -88,6 +90,7 @@ def training_side(
         encoder.load_state_dict(model.encoder.state_dict())
         model.encoder = encoder  # type: ignore[assignment]  # it stands in
     model.to(world.device).train()
+    model.uses_bfloat16 = uses_bfloat16
     forward: Callable[..., object] = model
     if world.world_size > 1:
         forward = DistributedDataParallel(model, broadcast_buffers=False)

@@ -53,6 +53,9 @@ class SelfAttention(nn.Module):
     def forward(self, x_RD: Tensor, packing: Packing) -> Tensor:
         weights = torch.cat([self.query.weight, self.key.weight, self.value.weight])
         projected_RC = F.linear(x_RD, weights)  # query, key, value: C = 3 D
+        if projected_RC.dtype == torch.bfloat16 and projected_RC.device.type == "cpu":
+            # A CPU's fused attention is slower in bfloat16, and takes back what the products won.
+            projected_RC = projected_RC.float()
         attended = []
         # Slices would each bring back a gradient as large as all rows.
         pieces = zip(
@@ -65,12 +68,13 @@ class SelfAttention(nn.Module):
             shape = (group.num_histories, group.num_slots, 3, self.num_heads, -1)
             query_BHSd, key_BHSd, value_BHSd = group_RC.view(shape).permute(2, 0, 3, 1, 4).unbind()
             is_slot_BS = is_slot_R.view(group.num_histories, -1)
-            attended_BHSd = F.scaled_dot_product_attention(
-                query_BHSd,
-                key_BHSd,
-                value_BHSd,
-                attn_mask=is_slot_BS[:, None, None, :] if group.is_padded else None,
-            )
+            with torch.autocast("cpu", enabled=False):
+                attended_BHSd = F.scaled_dot_product_attention(
+                    query_BHSd,
+                    key_BHSd,
+                    value_BHSd,
+                    attn_mask=is_slot_BS[:, None, None, :] if group.is_padded else None,
+                )
             attended.append(attended_BHSd.transpose(1, 2).reshape(len(group_RC), -1))
         # A rank's slice may be empty, and have no group.
         return cast(Tensor, self.output(torch.cat(attended) if attended else x_RD))

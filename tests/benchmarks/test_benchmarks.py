@@ -37,10 +37,8 @@ def check(reports: Sequence[Report]) -> None:
     assert reports
     for report in reports:
         assert report.figures
-        values = [one.value for one in report.figures] + [one.value for one in report.ratios]
-        for value in values:
-            assert math.isfinite(value), report
-            assert value > 0, report
+        values = [f.value for f in report.figures] + [r.value for r in report.ratios]
+        assert all(math.isfinite(value) and value > 0 for value in values), report
 
 
 @pytest.mark.slow

@@ -56,7 +56,7 @@ def test_nothing_waits_for_a_result(
     config = tiny.experiment(dataset.url, str(tmp_path), changes)
 
     def step(trainer: Trainer, loaded: LoadedBatch) -> None:
-        with NoSynchronisation():  # type: ignore[no-untyped-call]  # torch's base has no types
+        with NoSynchronisation():  # type: ignore[no-untyped-call]
             trainer.step(loaded, 0, 0.01)
 
     with tiny.build_trainer(config, dataset) as trainer:
