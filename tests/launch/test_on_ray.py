@@ -147,7 +147,8 @@ def test_stops_cleanly(
         assert not read_checkpoint(newest).position.is_validated
         assert f"stopped; newest checkpoint: {newest}\nrun the same command again" in output
     else:
-        assert "stopped at once" in output
+        # A run that has stopped before the second one comes is as good.
+        assert "stopped at once" in output or "run the same command again" in output
     deadline = time.monotonic() + 20
     while left := processes_in(process.pid):
         assert time.monotonic() < deadline, left
