@@ -23,7 +23,8 @@ test: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not slow"
 
 test-slow: $(INSTALLED)
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow --ignore tests/chaos
+	$(BIN)/python -m pytest -m slow tests/chaos
 
 # Kills processes of trainings, over and over: about half an hour; CHAOS="--minutes 600 --runs 40".
 chaos: $(INSTALLED)
