@@ -385,6 +385,7 @@ class CacheShard:
         self.buckets = bucket_range(shard, num_shards)
         self._block_rows = block_rows
         self._generation = 0
+        self._restored_from = _RESTORING
         self._received_step = -1
         self._early_steps: set[int] = set()
         self._late_messages = 0
@@ -443,7 +444,10 @@ class CacheShard:
             CacheError: a later generation, an unknown table, rows of another kind, a key of
                 another shard's, or too little memory; nothing was stored.
         """
-        if batch.generation < self._generation:
+        is_restoring = self._generation == _RESTORING
+        if batch.generation < self._generation or (
+            is_restoring and batch.generation <= self._restored_from
+        ):
             self._late_messages += 1
             return
         if batch.generation > self._generation:
@@ -495,6 +499,7 @@ class CacheShard:
         then nothing is served.
         """
         self._empty()
+        self._restored_from = max(self._restored_from, self._generation)
         self.set_fence(_RESTORING, 0)
 
     def end_restore(self, generation: int, step: int) -> None:

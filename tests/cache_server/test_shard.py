@@ -341,6 +341,23 @@ def test_an_interrupted_restore_serves_nothing() -> None:
     assert not shard.is_ready(1, 8)
 
 
+def test_a_late_write_during_a_restore_changes_nothing() -> None:
+    shard = CacheShard({"item": TableSpec(1)})
+    shard.clear(3)
+    one = np.array([1])
+    write = TableWrite(one, one, np.ones((1, 1), np.float32))
+    for _ in range(2):  # a restore may be begun again
+        shard.begin_restore()
+        shard.write(WriteBatch(3, 0, {"item": write}))
+        with pytest.raises(CacheError, match=r"has not begun(?s:.*)generation 4"):
+            shard.write(WriteBatch(4, 0, {"item": write}))
+    shard.end_restore(4, 7)
+    assert shard.stats().late_messages == 2
+    assert not shard.fetch(FetchRequest(4, 7, {"item": one}))["item"].found.any()
+    shard.write(WriteBatch(4, 7, {"item": write}))
+    assert shard.fetch(FetchRequest(4, 8, {"item": one}))["item"].found.all()
+
+
 def test_a_restore_that_was_not_begun_cannot_end() -> None:
     # A shard that was created anew meanwhile is empty and must not look restored.
     shard = CacheShard({"item": TableSpec(1)}, shard=1, num_shards=2)
