@@ -23,23 +23,11 @@ ANSWER_TIMEOUT_S = 10.0
 
 
 class ProgressBoard:
-    """Holds the first rank's reports until the driver takes them, and whether it wants to stop.
-
-    Also the placement groups of the workers: Ray keeps that of a controller of Ray Train that was
-    killed, and with it the CPUs and GPUs that the next attempt needs.
-    """
+    """Holds the first rank's reports until the driver takes them, and whether it wants to stop."""
 
     def __init__(self) -> None:
         self.reports: list[tuple[Any, ...]] = []
         self.stopping = False
-        self.placement_groups: list[Any] = []
-
-    def occupy(self, placement_group: Any) -> None:
-        self.placement_groups.append(placement_group)
-
-    def vacate(self) -> list[Any]:
-        occupied, self.placement_groups = self.placement_groups, []
-        return occupied
 
     def stop(self) -> None:
         self.stopping = True

@@ -1,4 +1,4 @@
-"""W workers under Ray Train and S shard actors, on a cluster or a local Ray.
+"""W workers and S shard actors, on a cluster or a local Ray.
 
 The driver creates the shards first and hands their handles to the workers. It needs no GPU and
 holds no data.
@@ -7,22 +7,17 @@ holds no data.
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import ray
-import ray.exceptions
-import ray.train
-import ray.train.torch
 import torch
-from ray.util.placement_group import get_current_placement_group, remove_placement_group
 
 from cache_server import CacheClient
 from cache_server.ray_transport import (
@@ -34,7 +29,6 @@ from cache_server.ray_transport import (
     is_alive,
 )
 from felrec_dist.config import (
-    ClusterConfig,
     ExperimentConfig,
     absolute_url,
     parse_config,
@@ -54,13 +48,11 @@ from felrec_dist.training.checkpoint import CheckpointStore
 from felrec_dist.training.run import run_evaluation, run_training
 from felrec_dist.training.trainer import Progress
 from felrec_dist.training.world import World
-from launch.board import ANSWER_TIMEOUT_S, BoardProgress, create_board, shown
+from launch.board import BoardProgress, create_board, shown
 from launch.stopping import signals_kept
+from launch.workers import WorkerGroup, starting_workers
 
-STOP_TIMEOUT_S = 10.0
 LONGEST_DELAY_S = 30.0
-# A worker trains in a thread of its own, so another answers, however long a step is.
-SILENCE_TIMEOUT_S = 600.0
 CONNECT_TIMEOUT_S = 5.0
 # A run whose driver was killed: its shards end when Ray has noticed.
 OLD_SHARDS_TIMEOUT_S = 20.0
@@ -114,14 +106,14 @@ def run(
         try:
             with shown(board, progress, should_stop):
                 while True:
+                    pause = partial(_pause, should_stop=should_stop, latest=patience.latest)
                     try:
-                        _attempt(config, job, board)
+                        _attempt(config, job, board, pause)
                         return
                     except _RECOVERABLE as error:
                         delay_s = patience.next_delay(error)
                         progress.say(f"lost: {error.what} ({error.where})")
                         progress.say(f"going back to {patience.latest or 'the beginning'}")
-                    pause = partial(_pause, should_stop=should_stop, latest=patience.latest)
                     pause(delay_s)
                     # A lost node may be replaced, or come back.
                     _check_resources(config, config.cluster.start_timeout_s, pause)
@@ -176,22 +168,29 @@ def _pause(seconds: float, should_stop: Callable[[], bool], latest: str | None) 
         time.sleep(min(left_s, 0.5))
 
 
-def _attempt(config: ExperimentConfig, job: Job, board: Any) -> None:
-    shards = create_shard_actors(
-        config.cache.tables(config.model.encoder.width),
-        num_shards=config.cache.num_shards,
-        block_rows=config.cache.block_rows,
-        name=cache_name(config.run.url) if job.checkpoint_url is None else None,
-        namespace=NAMESPACE,
-        timeout_s=config.cluster.start_timeout_s,
-    )
-    try:
-        _fit(config, job, shards, board)
-    finally:
-        destroy_shard_actors(shards)
-        with suppress(ray.exceptions.RayError):
-            for group in ray.get(board.vacate.remote(), timeout=ANSWER_TIMEOUT_S):
-                remove_placement_group(group)
+def _attempt(
+    config: ExperimentConfig, job: Job, board: Any, pause: Callable[[float], None]
+) -> None:
+    with starting_workers(config.cluster, pause) as workers:
+        # While the workers start, too.
+        shards = create_shard_actors(
+            config.cache.tables(config.model.encoder.width),
+            num_shards=config.cache.num_shards,
+            block_rows=config.cache.block_rows,
+            name=cache_name(config.run.url) if job.checkpoint_url is None else None,
+            namespace=NAMESPACE,
+            timeout_s=config.cluster.start_timeout_s,
+        )
+        try:
+            _fit(workers, config, job, shards, board)
+        finally:
+            destroy_shard_actors(shards)
+
+
+def _fit(
+    workers: WorkerGroup, config: ExperimentConfig, job: Job, shards: ShardHandles, board: Any
+) -> None:
+    workers.run(partial(_work, config.model_dump(mode="json"), job, shards, board))
 
 
 def cache_name(run_url: str) -> str:
@@ -228,123 +227,15 @@ def running_cache(run_url: str) -> Iterator[CacheClient]:
             yield client
 
 
-class _Trainer(ray.train.torch.TorchTrainer):
-    """Leaves Ctrl-C to Python, and starts no processes that have nothing to do here."""
-
-    _controller: Any = None
-
-    def _register_sigint_handler(self, controller: Any) -> None:
-        # Ray Train's own handler ends the driver from inside a call to Ray: with exit code 1, and
-        # before anything here can say so or clean up.
-        self._controller = controller
-
-    def _create_default_callbacks(self) -> list[Any]:
-        # There are no data sets of Ray Data; and the cleaner of placement groups, which asks the
-        # dashboard whether the controller lives, does nothing where there is no dashboard.
-        idle = ("DatasetsCallback", "PlacementGroupCleanerCallback")
-        callbacks = super()._create_default_callbacks()
-        return [each for each in callbacks if type(each).__name__ not in idle]
-
-    def abort(self) -> None:
-        """Stops the workers, with a limit; their actors end with the driver in any case."""
-        if self._controller is not None:
-            with suppress(ray.exceptions.RayError):  # it ends while it answers
-                ray.get(self._controller.abort.remote(), timeout=STOP_TIMEOUT_S)
-
-
-def _fit(config: ExperimentConfig, job: Job, shards: ShardHandles, board: Any) -> None:
-    cluster = config.cluster
-    use_gpu = cluster.gpus_per_worker > 0
-    resources = {"CPU": cluster.cpus_per_worker}
-    if use_gpu:
-        resources["GPU"] = cluster.gpus_per_worker
-    trainer = _Trainer(
-        # Not as Ray Train's config: its controller would read that, and import all that we are.
-        partial(_work, config.model_dump(mode="json"), job, shards, board),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=cluster.num_workers, use_gpu=use_gpu, resources_per_worker=resources
-        ),
-        torch_config=ray.train.torch.TorchConfig(
-            backend="nccl" if use_gpu else "gloo",
-            timeout_s=math.ceil(cluster.collective_timeout_s),
-        ),
-        run_config=ray.train.RunConfig(
-            name="ray",
-            # Ray Train keeps a few bytes of its own there; its default is the user's home.
-            storage_path=None if "://" in config.run.url else config.run.url,
-            # Workers that it started again would find shards that are not as they left them.
-            failure_config=ray.train.FailureConfig(
-                max_failures=0, controller_failure_limit=0, max_preemption_failures=0
-            ),
-        ),
-    )
-    try:
-        with _environment(_ray_train_settings(cluster)):
-            trainer.fit()
-    except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
-        raise _cause(error) from error
-    except KeyboardInterrupt:
-        trainer.abort()
-        raise
-
-
-def _ray_train_settings(cluster: ClusterConfig) -> dict[str, str]:
-    """Returns environment variables of Ray Train, which knows no other way to set these."""
-    return {
-        # How often it looks whether workers live.
-        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-        # A worker that does not even answer; the other ranks notice in a collective, if any are.
-        "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(
-            min(cluster.collective_timeout_s, SILENCE_TIMEOUT_S)
-        ),
-        # The wait for free CPUs and GPUs.
-        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(cluster.start_timeout_s),
-        # One process less to start: nobody here asks it whether a node will be taken away.
-        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-    }
-
-
-@contextmanager
-def _environment(settings: Mapping[str, str]) -> Iterator[None]:
-    """Sets variables while the body runs; those that are set already stay as they are."""
-    missing = {name: value for name, value in settings.items() if name not in os.environ}
-    os.environ.update(missing)
-    try:
-        yield
-    finally:
-        for name in missing:
-            del os.environ[name]
-
-
-def _cause(error: Exception) -> FelrecError:
-    """Returns our own error of the lowest rank that has one, else one that tells what Ray said."""
-    failures: Mapping[int, BaseException] = getattr(error, "worker_failures", {})
-    for _, failure in sorted(failures.items()):
-        seen: BaseException | None = failure
-        while seen is not None:
-            if isinstance(seen, FelrecError):
-                return seen
-            seen = (
-                getattr(seen, "_base_exc", None) or getattr(seen, "cause", None) or seen.__cause__
-            )
-    ranks = ", ".join(str(rank) for rank in sorted(failures))
-    return WorkerFailedError(
-        "a worker failed" if failures else "Ray Train failed",
-        where=f"rank {ranks}" if failures else "its controller",
-        got=error,
-        remedy="the last checkpoint is intact: run the same command again to go on from it",
-    )
-
-
-def _work(tree: dict[str, Any], job: Job, shards: ShardHandles, board: Any) -> None:
+def _work(
+    tree: dict[str, Any], job: Job, shards: ShardHandles, board: Any, device: torch.device
+) -> None:
     """The body of each worker."""
     config = parse_config(tree, where="driver")
-    world = World.current(ray.train.torch.get_device())
+    world = World.current(device)
     if world.device.type == "cpu":
         torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
     progress = BoardProgress(board)
-    if world.is_first:
-        board.occupy.remote(get_current_placement_group())
     try:
         with CacheClient(RayTransport(shards), timeout_s=config.cache.timeout_s) as client:
             if job.checkpoint_url is None:

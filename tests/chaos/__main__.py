@@ -28,6 +28,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=60.0, help="limit for all of it")
     parser.add_argument("--seed", type=int, default=0, help="of the first run")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--merciless", action="store_true", help="kill while runs recover, too")
     options = parser.parse_args()
 
     page = Console(width=120)
@@ -43,7 +44,9 @@ def main() -> int:
         seeds = range(options.seed, options.seed + options.runs)
         for seed in seeds:
             killed = experiment(dataset.url, str(folder / f"killed-{seed}"))
-            killer = Killer(killed, num_steps, options.kills, seed, options.kinds)
+            killer = Killer(
+                killed, num_steps, options.kills, seed, options.kinds, options.merciless
+            )
             began = time.monotonic()
             try:
                 with killer:
@@ -54,7 +57,8 @@ def main() -> int:
             kills += killer.kills
             num_equal += not found
             page.print(
-                f"seed {seed}: {num_steps} steps, {len(killer.kills)} kills, "
+                f"seed {seed}: {num_steps} steps, {len(killer.kills)} kills and "
+                f"{killer.num_more} while it recovered, {killer.num_lost} times back, "
                 f"{time.monotonic() - began:.0f} s, "
                 + ("; ".join(found) if found else "equal to the run that nothing happened to")
             )

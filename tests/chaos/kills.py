@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -25,11 +26,12 @@ from tests.processes import actors
 
 WORKERS, SHARDS, EPOCHS = 2, 2, 4
 # What may be killed, by the class of its actor.
-KINDS = {"worker": "RayTrainWorker", "shard": "ShardActor", "controller": "TrainController"}
+KINDS = {"worker": "TrainingWorker", "shard": "ShardActor"}
 
 # Each kill gets so many training steps of its own, of tens of milliseconds each.
 _STEPS_PER_KILL = 24
 _LONGEST_DELAY_S = 0.3
+_RECOVERY_S = 6.0
 _POLL_S = 0.02
 _NAME = re.compile(r"epoch-(\d+)(?:-step-(\d+))?")
 
@@ -60,14 +62,14 @@ def prepare_events(folder: Path, num_kills: int) -> PreparedDataset:
 
 
 def experiment(
-    data_url: str, run_url: str, *, timeout_s: float = 300.0, max_failures: int = 3
+    data_url: str, run_url: str, *, timeout_s: float = 300.0, start_timeout_s: float = 300.0
 ) -> ExperimentConfig:
     """In float64, with 2 workers, 2 shards and a checkpoint every 4 steps.
 
     Args:
         data_url, run_url: of the run.
         timeout_s: limit of a rank's wait for the others, and for a shard.
-        max_failures: without a new checkpoint in between.
+        start_timeout_s: of the cluster.
     """
     return tiny.experiment(
         data_url,
@@ -84,7 +86,7 @@ def experiment(
             "cluster": {
                 "num_workers": WORKERS,
                 "collective_timeout_s": timeout_s,
-                "max_failures": max_failures,
+                "start_timeout_s": start_timeout_s,
             },
         },
     )
@@ -130,6 +132,8 @@ class Killer(Lines):
         num_kills: in it.
         seed: of what is drawn.
         kinds: what may be killed, of ``KINDS``.
+        is_merciless: every other time, kills once more while the run recovers. ``num_more`` counts
+            these; such a failure comes without progress.
     """
 
     def __init__(
@@ -139,16 +143,19 @@ class Killer(Lines):
         num_kills: int,
         seed: int,
         kinds: Sequence[str] = ("worker", "shard"),
+        is_merciless: bool = False,
     ) -> None:
         super().__init__()
         self.kills: list[Kill] = []
+        self.num_more = 0
         self._store = CheckpointStore(config.run.url)
         self._steps_per_epoch = num_steps // config.training.schedule.epochs
         self._draw = np.random.default_rng(seed)
         self._kinds = kinds
+        self._is_merciless = is_merciless
         # In each of as many equal parts of the run; the last ends a little before the run does.
-        starts = np.linspace(0, num_steps - _STEPS_PER_KILL / 2, num_kills, endpoint=False)
-        self._due = starts + self._draw.uniform(0, starts[1] - starts[0], num_kills)
+        part = (num_steps - _STEPS_PER_KILL / 2) / num_kills
+        self._due = part * (np.arange(num_kills) + self._draw.random(num_kills))
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._kill_all, name="killer", daemon=True)
 
@@ -167,24 +174,41 @@ class Killer(Lines):
 
     def _kill_all(self) -> None:
         for due in self._due:
-            if not self._wait(lambda due=due: self._steps_done() >= due):  # type: ignore[misc]
+            if not self._kill_once(due):
                 return
+
+    def _kill_once(self, due: float) -> bool:
+        """Returns whether the run made a checkpoint since; otherwise it has ended."""
+        kind = str(self._draw.choice(self._kinds))
+        is_killed = False
+        while not is_killed:  # there is none while the run recovers from one kill more
+            if not self._wait(lambda: self._steps_done() >= due):
+                return False
             self._is_over.wait(self._draw.uniform(0, _LONGEST_DELAY_S))
-            kind = str(self._draw.choice(self._kinds))
-            pids = actors(KINDS[kind])
-            if not pids:  # the run has just ended
-                return
-            step, num_lost = self._steps_done(), self.num_lost
+            num_lost, step = self.num_lost, self._steps_done()
             began = time.monotonic()
+            is_killed = self._kill_one_of(actors(KINDS[kind]))
+        if not self._wait(lambda: self.num_lost > num_lost):
+            return False
+        noticed_s = time.monotonic() - began
+        # What was committed until now may be the dead attempt's.
+        done = self._steps_done()
+        if self._is_merciless and self._draw.random() < 0.5:
+            self._is_over.wait(self._draw.uniform(0, _RECOVERY_S))
+            anything = [pid for each in self._kinds for pid in actors(KINDS[each])]
+            self.num_more += self._kill_one_of(anything)
+        is_recovered = self._wait(lambda: self._steps_done() > done)
+        recovered_s = time.monotonic() - began if is_recovered else None
+        self.kills.append(Kill(kind, step, noticed_s, recovered_s))
+        return is_recovered
+
+    def _kill_one_of(self, pids: Sequence[int]) -> bool:
+        """Returns whether there was one."""
+        if not pids:
+            return False
+        with suppress(ProcessLookupError):
             os.kill(int(self._draw.choice(pids)), signal.SIGKILL)
-            if not self._wait(lambda lost=num_lost: self.num_lost > lost):  # type: ignore[misc]
-                return
-            noticed_s = time.monotonic() - began
-            # What was committed until now may be the dead attempt's.
-            done = self._steps_done()
-            is_recovered = self._wait(lambda done=done: self._steps_done() > done)  # type: ignore[misc]
-            recovered_s = time.monotonic() - began if is_recovered else None
-            self.kills.append(Kill(kind, step, noticed_s, recovered_s))
+        return True
 
     def _steps_done(self) -> int:
         """Global steps behind the newest checkpoint."""

@@ -17,8 +17,6 @@ from tests.tiny import BATCH
 pytestmark = [
     pytest.mark.ray,
     pytest.mark.slow,
-    # Ray Train makes a context of Ray Data, which warns of itself.
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context"),
 ]
 
 NUM_KILLS = 20

@@ -29,8 +29,6 @@ pytestmark = [
     pytest.mark.ray,
     pytest.mark.slow,
     pytest.mark.timeout(3 * TIMEOUT_S),
-    # Ray Train makes a context of Ray Data, which warns of itself.
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context"),
 ]
 
 

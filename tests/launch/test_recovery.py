@@ -38,11 +38,6 @@ from tests.runs import differences  # noqa: E402
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 300.0
 
-pytestmark = [
-    # Ray Train makes a context of Ray Data, which warns of itself.
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context"),
-]
-
 
 def trains(test: Any) -> Any:
     """Marks a test that trains on Ray."""
@@ -118,14 +113,6 @@ def test_a_process_that_hangs_is_noticed(
 
 
 @trains
-def test_the_controller_of_ray_train_dies(undisturbed: ExperimentConfig, tmp_path: Path) -> None:
-    config = one_more(undisturbed, tmp_path)
-    said = train_and(lambda: kill(actors("TrainController")[0]), config)
-    assert said.num_lost == 1
-    assert differences(undisturbed.run.url, config.run.url) == []
-
-
-@trains
 def test_the_progress_board_dies_and_nothing_is_lost(
     undisturbed: ExperimentConfig, tmp_path: Path
 ) -> None:
@@ -194,7 +181,9 @@ def test_failures_without_progress_end_the_run(session: None, tmp_path: Path) ->
     said = Lines()
     jobs: list[on_ray.Job] = []
 
-    def fit(config: ExperimentConfig, job: on_ray.Job, shards: ShardHandles, board: Any) -> None:
+    def fit(
+        workers: Any, config: ExperimentConfig, job: on_ray.Job, shards: ShardHandles, board: Any
+    ) -> None:
         jobs.append(job)
         ray.kill(shards.actors[0])
         with CacheClient(RayTransport(shards)) as client:

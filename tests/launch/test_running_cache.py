@@ -43,7 +43,9 @@ def run_with(
 ) -> None:
     """Runs on Ray, with ``body`` in the place of workers that train and of their progress."""
 
-    def fit(config: ExperimentConfig, job: on_ray.Job, shards: ShardHandles, board: Any) -> None:
+    def fit(
+        workers: Any, config: ExperimentConfig, job: on_ray.Job, shards: ShardHandles, board: Any
+    ) -> None:
         body(shards)
 
     with monkeypatch.context() as patch:
