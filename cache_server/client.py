@@ -26,7 +26,6 @@ from cache_server.errors import CacheError, CacheTimeoutError, ShardLostError
 from cache_server.hashing import Int64s, partition
 from cache_server.messages import (
     FetchedRows,
-    FetchRequest,
     ShardDigests,
     ShardStats,
     TableSpec,
@@ -35,7 +34,7 @@ from cache_server.messages import (
     check_keys,
 )
 from cache_server.snapshot import SnapshotPart, check_num_rows, check_parts
-from cache_server.storage import Rows, compute_dtype, decode, decode_into, encode
+from cache_server.storage import Rows, compute_dtype, decode, encode
 from cache_server.transport import Pending, Reply, Transport
 
 # Enough to hide a write behind the next step; more would only hide a shard that cannot keep up.
@@ -157,18 +156,21 @@ class CacheClient:
         """
         self._reap()
         parts = {name: self._partition(name, table_keys) for name, table_keys in keys.items()}
+        answer = self._transport.new_answer({name: part.keys.size for name, part in parts.items()})
+        for name, part in parts.items():
+            answer.put_keys(name, part.keys, part.order)
         began = time.perf_counter()
         pendings = []
         for shard in range(self.num_shards):
-            request = {name: part.keys_of(shard) for name, part in parts.items()}
-            if any(shard_keys.size for shard_keys in request.values()):
-                message = FetchRequest(self._generation, step, request)
+            spans = {name: part.span_of(shard) for name, part in parts.items()}
+            if any(start < stop for start, stop in spans.values()):
+                message = answer.request(self._generation, step, spans)
                 pendings.append(self._submit(shard, "fetch", message, self._timeout_s))
-        replies = self._collect(f"fetch of step {step}", pendings, self._timeout_s)
+        self._collect(f"fetch of step {step}", pendings, self._timeout_s)
         self.counters.fetch_wait_s += time.perf_counter() - began
         self.counters.fetches += 1
         self.counters.fetch_messages += len(pendings)
-        return {name: self._assemble(name, part, replies) for name, part in parts.items()}
+        return {name: self._decoded(name, stored) for name, stored in answer.take().items()}
 
     def write_back(
         self,
@@ -348,7 +350,7 @@ class CacheClient:
         self._spec(name)
         check_keys(keys, f"the keys of table {name}")
         if self.num_shards == 1:
-            return _Partition(keys, None, np.array([0, keys.size]))
+            return _Partition(keys, np.arange(keys.size), np.array([0, keys.size]))
         order, offsets = partition(keys, self.num_shards)
         return _Partition(keys[order], order, offsets)
 
@@ -375,26 +377,16 @@ class CacheClient:
         keys = part.keys_of(shard)
         self.counters.written_rows += keys.size
         self.counters.written_bytes += keys.size * (16 + spec.row_bytes)
-        if part.order is not None:
+        if self.num_shards > 1:
             places = part.places_of(shard)
             versions, rows = versions[places], rows[places]
         return TableWrite(keys, versions, encode(rows, spec.storage))
 
-    def _assemble(self, name: str, part: _Partition, replies: Sequence[Reply]) -> FetchedRows:
+    def _decoded(self, name: str, stored: FetchedRows) -> FetchedRows:
         spec = self._spec(name)
-        self.counters.fetched_rows += part.keys.size
-        self.counters.fetched_bytes += part.keys.size * (9 + spec.row_bytes)
-        if part.order is None and replies:
-            answer: FetchedRows = replies[0].value[name]
-            return FetchedRows(decode(answer.rows, spec.storage), answer.found)
-        rows = np.empty((part.keys.size, spec.width), compute_dtype(spec.storage))
-        found = np.empty(part.keys.size, np.bool_)
-        for reply in replies:
-            answer = reply.value[name]
-            places = part.places_of(reply.shard)
-            decode_into(rows, places, answer.rows, spec.storage)
-            found[places] = answer.found
-        return FetchedRows(rows, found)
+        self.counters.fetched_rows += stored.found.size
+        self.counters.fetched_bytes += stored.found.size * (9 + spec.row_bytes)
+        return FetchedRows(decode(stored.rows, spec.storage), stored.found)
 
     def _submit(self, shard: int, method: str, *args: object) -> Pending:
         return self._transport.submit(shard, method, *args)
@@ -469,17 +461,19 @@ class _Partition:
 
     Args:
         keys: (M,), grouped.
-        order: (M,), where each of them stood; None for one shard, where grouping changes nothing.
+        order: (M,), where each of them stood.
         offsets: (num_shards + 1,).
     """
 
     keys: Int64s
-    order: Int64s | None
+    order: Int64s
     offsets: Int64s
 
+    def span_of(self, shard: int) -> tuple[int, int]:
+        return int(self.offsets[shard]), int(self.offsets[shard + 1])
+
     def keys_of(self, shard: int) -> Int64s:
-        return self.keys[self.offsets[shard] : self.offsets[shard + 1]]
+        return self.keys[slice(*self.span_of(shard))]
 
     def places_of(self, shard: int) -> Int64s:
-        assert self.order is not None
-        return self.order[self.offsets[shard] : self.offsets[shard + 1]]
+        return self.order[slice(*self.span_of(shard))]

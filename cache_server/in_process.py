@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from cache_server.answer import Answer
 from cache_server.messages import TableSpec
 from cache_server.service import ShardService
 from cache_server.shard import DEFAULT_BLOCK_ROWS, CacheShard
@@ -49,6 +50,10 @@ class InProcessTransport:
     def num_shards(self) -> int:
         """The number of shards."""
         return len(self._services)
+
+    def new_answer(self, num_keys: Mapping[str, int]) -> Answer:
+        """Memory for the answer to a fetch."""
+        return Answer(self._tables, num_keys)
 
     def submit(self, shard: int, method: str, *args: object) -> Pending:
         """Calls the method now; what it raises is kept for ``wait``, as if the call travelled."""

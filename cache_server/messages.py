@@ -6,12 +6,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cache_server.errors import CacheError
 from cache_server.storage import STORAGE_TYPES, Rows, StorageType, stored_dtype
+
+if TYPE_CHECKING:
+    from cache_server.answer import AnswerPart
 
 WORD_BYTES = 8
 """A row lies in memory as 64-bit words, padded with zeros."""
@@ -103,24 +107,28 @@ class FetchRequest:
         generation: the generation the step belongs to.
         step: the step that begins.
         keys: by the name of the table, int64 (M,).
+        into: takes the rows; None has them returned.
     """
 
     generation: int
     step: int
     keys: Mapping[str, NDArray[np.int64]]
+    into: AnswerPart | None = None
 
 
 @dataclass(frozen=True)
 class AnswerSpace:
-    """Memory that takes the answer for one table.
+    """Memory that takes the rows of some keys (M,) of one table.
 
     Args:
-        words: uint64 (M, row words), contiguous; filled with the rows, padding included.
-        found: bool (M,), filled with whether the id was ever written.
+        words: uint64 (N, row words), contiguous; takes the rows, padding included.
+        found: bool (N,), takes whether the id was ever written.
+        places: int64 (M,), the row of ``words`` that each key has.
     """
 
     words: NDArray[np.uint64]
     found: NDArray[np.bool_]
+    places: NDArray[np.int64]
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import ray
@@ -23,6 +24,7 @@ from ray.exceptions import (
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from cache_server.answer import Answer, SharedAnswer
 from cache_server.errors import CacheError, CacheTimeoutError, ShardLostError
 from cache_server.messages import (
     Fence,
@@ -37,7 +39,6 @@ from cache_server.service import ShardService
 from cache_server.shard import DEFAULT_BLOCK_ROWS, CacheShard
 from cache_server.shared_memory import BufferPool, MappedBuffers, can_share
 from cache_server.shared_messages import (
-    SharedFetch,
     SharedFetchRequest,
     SharedWrite,
     SharedWriteBatch,
@@ -124,12 +125,11 @@ class ShardActor:
 
     @ray.method(concurrency_group="fetch")
     def fetch_shared(self, request: SharedFetchRequest, wait_s: float) -> bool:
-        """``fetch`` into a client's buffer; whether it could be mapped."""
+        """``fetch`` into an answer of a client's; whether it could be mapped."""
         array = self._buffers.array(request.buffer)
         if array is None:
             return False
-        plain_request, spaces = request.to_plain(self._description.tables, array)
-        self._service.fetch_into(spaces, plain_request, wait_s)
+        self._service.fetch(request.to_plain(self._description.tables, array), wait_s)
         return True
 
     @ray.method(concurrency_group="write")
@@ -346,6 +346,7 @@ class RayTransport:
         shards = _shards_on_this_node(handles) if shared_memory is None else range(self.num_shards)
         is_possible = shared_memory is not False and can_share()
         self._pools = {shard: BufferPool() for shard in shards if is_possible}
+        self._answers = BufferPool()
 
     @property
     def tables(self) -> Mapping[str, TableSpec]:
@@ -356,6 +357,14 @@ class RayTransport:
     def num_shards(self) -> int:
         """The number of shards."""
         return len(self._actors)
+
+    def new_answer(self, num_keys: Mapping[str, int]) -> Answer:
+        """Memory for the answer to a fetch, shared if any shard can map it."""
+        if self._pools and any(num_keys.values()):
+            # Else the system has no memory of this kind left to give.
+            with suppress(OSError):
+                return SharedAnswer(self._answers, self._tables, num_keys)
+        return Answer(self._tables, num_keys)
 
     def submit(self, shard: int, method: str, *args: Any) -> Pending:
         """Sends the call."""
@@ -389,57 +398,73 @@ class RayTransport:
     def _send(self, shard: int, method: str, *args: Any) -> _Call:
         call = _Call(shard, method, args)
         try:
-            if method in _SHARED:
-                call.shared = self._share(shard, args[0])
-            if call.shared is not None:
-                method, args = _SHARED[method], (call.shared.message, *args[1:])
+            message = self._share(call) if shard in self._pools else None
+            if message is not None:
+                method, args = _SHARED[method], (message, *args[1:])
+            elif method == "fetch":
+                args = (replace(args[0], into=None), *args[1:])
+            call.is_shared = message is not None
             call.ref = getattr(self._actors[shard], method).remote(*args)
         except RayActorError as error:
             # Ray raises at once for an actor that it already knows to be dead.
             call.reply = Reply(shard, error=_lost(error))
         return call
 
-    def _share(
-        self, shard: int, message: FetchRequest | WriteBatch
-    ) -> SharedFetch | SharedWrite | None:
-        """The message in shared memory; None where it is to be sent."""
-        pool = self._pools.get(shard)
-        if pool is None:
-            return None
-        try:
-            return share(pool, self._tables, message)
-        except OSError:
-            # The system has no memory of this kind left to give.
-            return None
+    def _share(self, call: _Call) -> SharedFetchRequest | SharedWriteBatch | None:
+        """The call's message in shared memory; None where it is to be sent."""
+        if call.method == "fetch":
+            return SharedFetchRequest.of(call.args[0])
+        if call.method == "write":
+            # Else the system has no memory of this kind left to give.
+            with suppress(OSError):
+                call.write = share(self._pools[call.shard], self._tables, call.args[0])
+        return None if call.write is None else call.write.message
 
     def _take_answer(self, call: _Call, deadline: float) -> None:
         """Sets the reply of a call that has its answer; or sends the call anew."""
         reply = _reply(call.shard, call.ref, deadline)
         if reply.is_missing:
             return
-        if call.shared is None or reply.error is not None:
+        if reply.error is not None:
             call.reply = reply
-        elif reply.value:
-            call.reply = Reply(call.shard, call.shared.take_answer())
-        else:
+        elif call.is_shared and not reply.value:
             # One node of Ray need not be one system: two containers may make one.
             self._pools.pop(call.shard, None)
             again = self._send(call.shard, call.method, *call.args)
-            call.ref, call.reply = again.ref, again.reply
-        # A buffer whose answer was not taken is not used again.
-        call.shared = None
+            call.ref, call.reply, call.is_shared = again.ref, again.reply, again.is_shared
+        else:
+            call.reply = self._answer_of(call, reply)
+        # A buffer of a write whose answer was not taken is not used again.
+        call.write = None
+
+    def _answer_of(self, call: _Call, reply: Reply) -> Reply:
+        if call.method == "fetch" and (part := call.args[0].into) is not None:
+            if not call.is_shared:
+                part.put(reply.value)
+            return Reply(call.shard, {})
+        if call.write is not None:
+            call.write.take_answer()
+        return reply
 
 
 @dataclass
 class _Call:
-    """A call under way: ``ref`` is Ray's handle, ``reply`` how it ended."""
+    """A call under way.
+
+    Attributes:
+        ref: Ray's handle.
+        reply: how it ended.
+        is_shared: whether its arrays lie in shared memory,
+        write: a write's in this.
+    """
 
     shard: int
     method: str
     args: tuple[Any, ...]
     ref: Any = None
     reply: Reply | None = None
-    shared: SharedFetch | SharedWrite | None = None
+    is_shared: bool = False
+    write: SharedWrite | None = None
 
 
 def _shards_on_this_node(handles: ShardHandles) -> Sequence[int]:

@@ -9,12 +9,11 @@ the reverse.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from cache_server.errors import CacheError, CacheTimeoutError
 from cache_server.messages import (
-    AnswerSpace,
     Fence,
     FetchedRows,
     FetchRequest,
@@ -55,17 +54,6 @@ class ShardService:
         """
         with self._reading(f"fetch of step {request.step}", request, wait_s):
             return self._shard.fetch(request)
-
-    def fetch_into(
-        self, spaces: Mapping[str, AnswerSpace], request: FetchRequest, wait_s: float
-    ) -> None:
-        """``CacheShard.fetch_into``, after the writes it needs.
-
-        Raises:
-            CacheTimeoutError: they did not come within ``wait_s``.
-        """
-        with self._reading(f"fetch of step {request.step}", request, wait_s):
-            self._shard.fetch_into(spaces, request)
 
     def write(self, batch: WriteBatch, wait_s: float) -> None:
         """``CacheShard.write``."""

@@ -62,20 +62,21 @@ _ROTATE_RIGHT = np.uint64(33)
 
 
 @njit(nogil=True, cache=True)
-def _read_rows(rows, addresses, block_shift, out, found):  # type: ignore[no-untyped-def]
+def _read_rows(rows, places, addresses, block_shift, out, found):  # type: ignore[no-untyped-def]
     block_rows = 1 << block_shift
     num_words = out.shape[1]
     for i in range(rows.size):
         row = np.int64(rows[i])
-        found[i] = row >= 0
+        to = places[i]
+        found[to] = row >= 0
         if row < 0:
             for j in range(num_words):
-                out[i, j] = 0
+                out[to, j] = 0
             continue
         block = carray(uint64_pointer(addresses[row >> block_shift]), (block_rows, num_words))
         place = row & (block_rows - 1)
         for j in range(num_words):
-            out[i, j] = block[place, j]
+            out[to, j] = block[place, j]
 
 
 @njit(nogil=True, cache=True)
@@ -221,7 +222,20 @@ class CacheTable:
         return self._read(self._index.lookup(keys))
 
     def fetch_into(self, space: AnswerSpace, keys: Int64s) -> None:
-        """``fetch``, into ``space``."""
+        """``fetch``, into ``space``.
+
+        Raises:
+            CacheError: a place outside of it; nothing was written.
+        """
+        places = space.places
+        if places.size and not 0 <= places.min() <= places.max() < space.found.size:
+            raise CacheError(
+                "A fetch wants rows in places that its answer does not have.",
+                where=self._where,
+                got=f"{places.min()} to {places.max()}",
+                expected=f"0 to {space.found.size - 1}",
+                remedy="Use the same felrec-dist in the client and in the shards.",
+            )
         self._read_into(space, self._index.lookup(keys))
 
     def write(self, keys: Int64s, versions: Int64s, rows: Rows) -> None:
@@ -335,14 +349,21 @@ class CacheTable:
 
     def _read(self, row_numbers: Int32s) -> FetchedRows:
         words = np.empty((row_numbers.size, self._num_words), np.uint64)
-        space = AnswerSpace(words, np.empty(row_numbers.size, np.bool_))
+        space = AnswerSpace(
+            words, np.empty(row_numbers.size, np.bool_), np.arange(row_numbers.size)
+        )
         self._read_into(space, row_numbers)
         rows = words.view(stored_dtype(self.spec.storage))
         return FetchedRows(np.ascontiguousarray(rows[:, : self.spec.width]), space.found)
 
     def _read_into(self, space: AnswerSpace, row_numbers: Int32s) -> None:
         _read_rows(
-            read_only(row_numbers), self._addresses, self._block_shift, space.words, space.found
+            read_only(row_numbers),
+            read_only(space.places),
+            self._addresses,
+            self._block_shift,
+            space.words,
+            space.found,
         )
 
     def _append_blocks(self, num_rows: int) -> None:
@@ -479,20 +500,18 @@ class CacheShard:
         return generation == self._generation and step <= self._received_step + 1
 
     def fetch(self, request: FetchRequest) -> dict[str, FetchedRows]:
-        """The rows of ``request``, by table; sees at least all writes of steps before
-        ``request.step``.
+        """The rows of ``request``, by table, none if they went ``into`` the answer; sees at least
+        all writes of steps before ``request.step``.
 
         Raises:
             CacheError: not ready (ask ``is_ready`` first), or an unknown table.
         """
         self._check_ready(request)
-        return {name: self._table(name).fetch(keys) for name, keys in request.keys.items()}
-
-    def fetch_into(self, spaces: Mapping[str, AnswerSpace], request: FetchRequest) -> None:
-        """``fetch``, into ``spaces``, by table."""
-        self._check_ready(request)
+        if request.into is None:
+            return {name: self._table(name).fetch(keys) for name, keys in request.keys.items()}
         for name, keys in request.keys.items():
-            self._table(name).fetch_into(spaces[name], keys)
+            self._table(name).fetch_into(request.into.space(name), keys)
+        return {}
 
     def begin_restore(self) -> None:
         """Empties the tables and leaves the generation; ``end_restore`` ends the restore. Until

@@ -14,7 +14,6 @@ from numba import njit
 from numpy.typing import NDArray
 
 from cache_server.errors import CacheError
-from cache_server.hashing import read_only
 
 StorageType = Literal["float64", "float32", "float16", "bfloat16"]
 STORAGE_TYPES: Final[tuple[str, ...]] = get_args(StorageType)
@@ -80,34 +79,6 @@ def decode(rows: Rows, storage: StorageType) -> Rows:
     else:
         out[...] = rows
     return out
-
-
-def decode_into(out: Rows, places: NDArray[np.int64], rows: Rows, storage: StorageType) -> None:
-    """``out[places] = rows``, converted from storage to ``out``'s compute type."""
-    if storage == "float16":
-        # What is compiled cannot compute with it.
-        out[places] = rows
-    elif storage == "bfloat16":
-        _bfloat16_to_float32_at(read_only(places), read_only(rows), out.view(np.uint32))
-    else:
-        bits = np.dtype(f"uint{8 * rows.itemsize}")
-        _copy_to(read_only(places), read_only(rows.view(bits)), out.view(bits))
-
-
-@njit(nogil=True, cache=True)
-def _copy_to(places, rows, out):  # type: ignore[no-untyped-def]
-    for i in range(rows.shape[0]):
-        place = places[i]
-        for j in range(rows.shape[1]):
-            out[place, j] = rows[i, j]
-
-
-@njit(nogil=True, cache=True)
-def _bfloat16_to_float32_at(places, rows, out):  # type: ignore[no-untyped-def]
-    for i in range(rows.shape[0]):
-        place = places[i]
-        for j in range(rows.shape[1]):
-            out[place, j] = np.uint32(rows[i, j]) << _BF16_SHIFT
 
 
 @njit(nogil=True, cache=True)

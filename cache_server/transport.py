@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from cache_server.answer import Answer
 from cache_server.messages import TableSpec
 
 
@@ -57,6 +58,9 @@ class Transport(Protocol):
     @property
     def num_shards(self) -> int:
         """The number of shards."""
+
+    def new_answer(self, num_keys: Mapping[str, int]) -> Answer:
+        """Memory for the answer to a fetch of so many keys, by the name of the table."""
 
     def submit(self, shard: int, method: str, *args: object) -> Pending:
         """Calls a method of ``ShardService``; returns without waiting for it. Never raises: errors

@@ -13,9 +13,10 @@ import random
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from cache_server.messages import TableSpec
+from cache_server.answer import Answer
+from cache_server.messages import FetchRequest, TableSpec
 from cache_server.transport import Pending, Reply, Transport
 
 _UNRELIABLE = frozenset({"fetch", "write"})
@@ -107,6 +108,10 @@ class FaultyTransport:
         """The number of shards."""
         return self._inner.num_shards
 
+    def new_answer(self, num_keys: Mapping[str, int]) -> Answer:
+        """Memory for the answer to a fetch."""
+        return self._inner.new_answer(num_keys)
+
     def submit(self, shard: int, method: str, *args: object) -> Pending:
         """Sends the call now, or has it sent later."""
         if method not in _UNRELIABLE:
@@ -118,7 +123,9 @@ class FaultyTransport:
             if message.is_delayed:
                 self._deliver_within_limit(message)
             if self._random.random() < self._share:
-                duplicate = _Message(self._num_sent, shard, method, args, is_duplicate=True)
+                duplicate = _Message(
+                    self._num_sent, shard, method, _answered_apart(args), is_duplicate=True
+                )
                 if self._random.random() < 0.5:
                     self._deliver_within_limit(duplicate)
                 else:
@@ -211,6 +218,13 @@ class FaultyTransport:
                 self.counts.num_reordered += message.number < last
                 self._last_delivered[message.shard] = max(last, message.number)
             self._changed.notify_all()
+
+
+def _answered_apart(args: tuple[object, ...]) -> tuple[object, ...]:
+    """The arguments of a call that is repeated: a fetch must not write into what it answered."""
+    if isinstance(args[0], FetchRequest):
+        return (replace(args[0], into=None), *args[1:])
+    return args
 
 
 def _inner_pending(pending: Pending) -> Pending | None:

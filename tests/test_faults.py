@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cache_server.answer import Answer
 from cache_server.errors import CacheError, CacheTimeoutError
 from cache_server.messages import FetchRequest, TableSpec, WriteBatch
 from cache_server.transport import Pending, Reply
@@ -35,6 +36,9 @@ class Recorder:
     def arrived(self) -> list[Any]:
         """The arguments, in the order they came."""
         return [arg for *_, arg in self.calls]
+
+    def new_answer(self, num_keys: Mapping[str, int]) -> Answer:
+        return Answer(self.tables, num_keys)
 
     def submit(self, shard: int, method: str, *args: object) -> Pending:
         [arg] = args

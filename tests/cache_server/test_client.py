@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cache_server.answer import Answer
 from cache_server.client import CacheClient
 from cache_server.errors import CacheError, CacheTimeoutError, ShardLostError
 from cache_server.hashing import shard_of
@@ -206,6 +207,9 @@ class StubTransport:
         self.calls: list[tuple[int, str]] = []
         self.answers: dict[tuple[int, str], Reply] = {}
         self.is_closed = False
+
+    def new_answer(self, num_keys: Mapping[str, int]) -> Answer:
+        return Answer(self.tables, num_keys)
 
     def submit(self, shard: int, method: str, *args: object) -> Pending:
         self.calls.append((shard, method))

@@ -13,7 +13,14 @@ from numpy.typing import NDArray
 
 from cache_server.errors import CacheError
 from cache_server.hashing import NUM_BUCKETS, shard_of
-from cache_server.messages import Fence, FetchRequest, TableSpec, TableWrite, WriteBatch
+from cache_server.messages import (
+    AnswerSpace,
+    Fence,
+    FetchRequest,
+    TableSpec,
+    TableWrite,
+    WriteBatch,
+)
 from cache_server.shard import CacheShard, CacheTable, _empty_block, rows_digest
 from cache_server.storage import STORAGE_TYPES, StorageType, stored_dtype
 from tests.cache_server.oracle import DictCache, row_hash, splitmix64
@@ -320,6 +327,17 @@ def test_messages_check_their_arrays() -> None:
 def test_a_block_is_a_power_of_two(block_rows: int) -> None:
     with pytest.raises(CacheError, match=r"rows in a block(?s:.*)power of two"):
         CacheTable(TableSpec(1), block_rows=block_rows)
+
+
+@pytest.mark.parametrize("place", [-1, 2, 2**40])
+def test_a_place_outside_of_the_answer_is_refused(place: int) -> None:
+    table = CacheTable(TableSpec(2))
+    words, found = np.full((2, 1), 7, np.uint64), np.ones(2, np.bool_)
+    space = AnswerSpace(words, found, np.array([0, place]))
+    with pytest.raises(CacheError, match=r"places that its answer does not have(?s:.*)0 to 1"):
+        table.fetch_into(space, np.arange(2))
+    assert (words == 7).all()
+    assert found.all()
 
 
 def test_a_full_index_refuses_and_the_table_stays_usable() -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from cache_server.answer import Answer, SharedAnswer
 from cache_server.messages import FetchRequest, TableSpec, TableWrite, WriteBatch
 from cache_server.shard import CacheShard
-from cache_server.shared_memory import BufferPool
-from cache_server.shared_messages import SharedFetch, SharedWrite, share
+from cache_server.shared_memory import BufferAddress, BufferPool
+from cache_server.shared_messages import SharedFetchRequest, SharedWrite, share
 from cache_server.storage import STORAGE_TYPES, stored_dtype
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memfd is of Linux")
@@ -45,19 +47,30 @@ def test_a_shard_does_the_same_with_arrays_and_with_a_buffer(sizes: tuple[int, .
     pool = BufferPool()
     write = share(pool, TABLES, batch)
     assert isinstance(write, SharedWrite)
-    shared.write(write.message.to_plain(TABLES, write_memory := buffer_of(write)))
+    shared.write(write.message.to_plain(TABLES, write_memory := buffer_at(write.message.buffer)))
     write.take_answer()
     assert shared.digest() == plain.digest()
     # What the buffer held before must not shine through.
     write_memory[...] = 255
     del write_memory
 
-    fetch = share(pool, TABLES, request)
-    assert isinstance(fetch, SharedFetch)
-    read, spaces = fetch.message.to_plain(TABLES, buffer_of(fetch))
-    assert (read.generation, read.step) == (0, 1)
-    shared.fetch_into(spaces, read)
-    for name, got in fetch.take_answer().items():
+    answer = SharedAnswer(pool, TABLES, {name: array.size for name, array in keys.items()})
+    order = {name: generator.permutation(array.size) for name, array in keys.items()}
+    for name, array in keys.items():
+        answer.put_keys(name, array[order[name]], order[name])
+    # Two shards that hold the same: each is asked for a part.
+    for half in (0, 1):
+        spans = {
+            name: (0, array.size // 3) if half == 0 else (array.size // 3, array.size)
+            for name, array in keys.items()
+        }
+        message = SharedFetchRequest.of(answer.request(0, 1, spans))
+        assert message is not None
+        read = message.to_plain(TABLES, buffer_at(message.buffer))
+        assert (read.generation, read.step) == (0, 1)
+        assert shared.fetch(read) == {}
+    del read
+    for name, got in answer.take().items():
         assert got.rows.dtype == expected[name].rows.dtype
         assert got.rows.shape == expected[name].rows.shape
         assert got.rows.tobytes() == expected[name].rows.tobytes()
@@ -67,9 +80,38 @@ def test_a_shard_does_the_same_with_arrays_and_with_a_buffer(sizes: tuple[int, .
         assert not got.rows.size or got.rows.ctypes.data % 8 == 0
 
 
-def buffer_of(shared: SharedFetch | SharedWrite) -> np.typing.NDArray[np.uint8]:
+@pytest.mark.parametrize("has_buffer", [False, True])
+def test_rows_that_are_sent_go_to_their_places(has_buffer: bool) -> None:
+    generator = np.random.default_rng(0)
+    writes = {name: random_write(generator, spec, 40) for name, spec in TABLES.items()}
+    shard = CacheShard(TABLES, block_rows=64)
+    shard.write(WriteBatch(0, 0, writes))
+    keys = {name: generator.permutation(np.arange(-60, 60)) for name in TABLES}
+    num_keys = dict.fromkeys(TABLES, 120)
+    answer = (
+        SharedAnswer(BufferPool(), TABLES, num_keys) if has_buffer else Answer(TABLES, num_keys)
+    )
+    for name, array in keys.items():
+        answer.put_keys(name, array[::-1], np.arange(120)[::-1])
+    for span in ((0, 50), (50, 120)):
+        request = answer.request(0, 1, dict.fromkeys(TABLES, span))
+        assert request.into is not None
+        request.into.put(shard.fetch(replace(request, into=None)))
+    expected = shard.fetch(FetchRequest(0, 1, keys))
+    for name, got in answer.take().items():
+        assert got.rows.tobytes() == expected[name].rows.tobytes()
+        assert got.found.tolist() == expected[name].found.tolist()
+
+
+def test_an_answer_that_is_in_no_buffer_is_sent() -> None:
+    request = Answer(TABLES, {"float32-1": 1}).request(0, 1, {"float32-1": (0, 1)})
+    assert SharedFetchRequest.of(request) is None
+    assert SharedFetchRequest.of(replace(request, into=None)) is None
+
+
+def buffer_at(address: BufferAddress) -> np.typing.NDArray[np.uint8]:
     """What a shard sees when it maps the buffer."""
-    memory = shared.message.buffer.map()
+    memory = address.map()
     assert memory is not None
     return np.frombuffer(memory, np.uint8)
 
@@ -78,9 +120,6 @@ def test_what_a_shard_refuses_and_what_is_empty_is_sent() -> None:
     pool, specs = BufferPool(), {"item": TableSpec(2)}
     none = np.empty(0, np.int64)
     one, row = np.ones(1, np.int64), np.ones((1, 2), np.float32)
-    assert share(pool, specs, FetchRequest(0, 0, {"item": one})) is not None
-    assert share(pool, specs, FetchRequest(0, 0, {"item": none})) is None
-    assert share(pool, specs, FetchRequest(0, 0, {"item": one, "other": one})) is None
     assert share(pool, specs, WriteBatch(0, 0, {"item": TableWrite(one, one, row)})) is not None
     refused = {
         "item": [TableWrite(one, one, row.astype(np.float64)), TableWrite(one, one, row[:, :1])],

@@ -22,7 +22,7 @@ ray = pytest.importorskip("ray")
 
 from cache_server.client import CacheClient  # noqa: E402
 from cache_server.errors import CacheTimeoutError, ShardLostError  # noqa: E402
-from cache_server.messages import FetchedRows, FetchRequest, TableSpec  # noqa: E402
+from cache_server.messages import FetchedRows, TableSpec  # noqa: E402
 from cache_server.ray_transport import (  # noqa: E402
     RayTransport,
     ShardHandles,
@@ -70,7 +70,7 @@ def rows_of(keys: np.typing.NDArray[np.int64], name: str) -> Rows:
 
 
 def is_shared(fetched: FetchedRows) -> bool:
-    """Whether the answer of a transport lies in a buffer."""
+    """Whether an answer lies in a buffer."""
     base = fetched.rows
     while isinstance(base, np.ndarray):
         base = base.base  # type: ignore[assignment]
@@ -78,11 +78,8 @@ def is_shared(fetched: FetchedRows) -> bool:
 
 
 def fetch_from_shard(transport: RayTransport) -> FetchedRows:
-    keys = KEYS[:1000]
-    request = FetchRequest(0, 1, {"item": keys})
-    [reply] = transport.wait([transport.submit(0, "fetch", request, 10.0)], 15.0)
-    fetched: FetchedRows = reply.value["item"]
-    assert np.array_equal(fetched.rows[fetched.found], rows_of(keys, "item")[fetched.found])
+    fetched = CacheClient(transport, 20.0).fetch(1, {"item": KEYS[:1000]})["item"]
+    assert np.array_equal(fetched.rows, rows_of(KEYS[:1000], "item"))
     return fetched
 
 

@@ -12,7 +12,6 @@ from cache_server.storage import (
     StorageType,
     compute_dtype,
     decode,
-    decode_into,
     encode,
     stored_dtype,
 )
@@ -79,14 +78,6 @@ def test_what_was_stored_comes_back_unchanged(storage: StorageType) -> None:
     assert np.array_equal(encode(decoded, storage), stored)
     tolerance = {"float64": 0, "float32": 0, "float16": 2**-11, "bfloat16": 2**-8}[storage]
     assert np.allclose(decoded, rows, rtol=tolerance, atol=0)
-
-
-@pytest.mark.parametrize("storage", STORAGE_TYPES)
-def test_decode_into_places(storage: StorageType) -> None:
-    stored = encode(np.arange(6, dtype=np.float32).reshape(3, 2), storage)
-    out = np.full((5, 2), 9, compute_dtype(storage))
-    decode_into(out, np.array([4, 0, 2]), stored, storage)
-    assert out.tolist() == [[2, 3], [9, 9], [4, 5], [9, 9], [0, 1]]
 
 
 @pytest.mark.parametrize("storage", STORAGE_TYPES)
