@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ from rich.console import Console
 from benchmarks.measure import Figure, Ratio, Report, alternate
 from cache_server import CacheClient, InProcessTransport, TableSpec
 from cache_server.index import IdIndex
+from cache_server.messages import TableStats
 from cache_server.ray_transport import RayTransport, create_shard_actors, destroy_shard_actors
 
 WIDTH = 128
@@ -40,6 +42,7 @@ TABLES = {"item": TableSpec(WIDTH)}
 NUM_SHARDS = 2
 NUM_FETCHED = 30_000
 NUM_WRITTEN = 2_000
+NUM_NEW = 50_000
 NUM_REQUESTS = 8
 """Different ones take turns, so that no row is still in the processor's cache."""
 
@@ -180,42 +183,28 @@ def measure_writes(clients: Mapping[str, CacheClient], num_rows: int, repeats: i
     )
 
 
-def measure_growth(num_rows: int) -> Report:
+def measure_growth(num_rows: int, repeats: int = 3) -> Report:
     """From nothing to ``num_rows`` in one shard in process: each step writes new ids and fetches
     old ones.
+
+    Every repeat does the same, and of each step the fastest counts: what the cache does it does
+    every time, what the machine does (memory that a host hands out, other processes) it does
+    elsewhere the next time.
     """
-    num_new = 50_000
-    generator = np.random.default_rng(3)
-    client = CacheClient(InProcessTransport(TABLES))
-    rows = generator.standard_normal((num_new, WIDTH), np.float32)
-    client.fetch(0, {"item": np.arange(NUM_FETCHED)})
-    client.write_back(0, {"item": (np.arange(num_new), np.arange(num_new), rows)})
-    client.clear()
-    began_bytes, peak_bytes = resident_bytes(), 0
-    fetches: list[tuple[float, float]] = []
-    writes: list[tuple[float, float]] = []
-    for step in range(num_rows // num_new):
-        # Spread over all of int64, as hashed ids are.
-        numbers = np.arange(step * num_new, (step + 1) * num_new)
-        writes.append(
-            timed(lambda s=step, n=numbers: client.write_back(s, {"item": (ids(n), n, rows)}))  # type: ignore[misc]
-        )
-        read = ids(generator.integers(0, (step + 1) * num_new, NUM_FETCHED))
-        fetches.append(timed(lambda s=step, r=read: client.fetch(s + 1, {"item": r})))  # type: ignore[misc]
-        peak_bytes = max(peak_bytes, resident_bytes() - began_bytes)
-    [stats] = client.stats()
-    table = stats.tables["item"]
+    runs = [_grow(num_rows) for _ in range(repeats)]
+    fetches, writes = (
+        [min(step) for step in zip(*(getattr(run, which) for run in runs), strict=True)]
+        for which in ("fetches_s", "writes_s")
+    )
+    table, peak_bytes = runs[0].table, min(run.peak_bytes for run in runs)
     figures, ratios = [], []
     for case, times in ((FETCH_WHILE_GROWING, fetches), ("write while the cache grows", writes)):
-        for kind, values in zip(
-            ("wall clock", "processor time"), zip(*times, strict=True), strict=True
-        ):
-            median, slowest = statistics.median(values), max(values)
-            figures += [
-                Figure(case, f"median, {kind}", 1e3 * median, "ms"),
-                Figure(case, f"slowest, {kind}", 1e3 * slowest, "ms"),
-            ]
-            ratios.append(Ratio(case, f"its median, {kind}", slowest / median, "times its time"))
+        median, slowest = statistics.median(times), max(times)
+        figures += [
+            Figure(case, "median", 1e3 * median, "ms"),
+            Figure(case, "slowest", 1e3 * slowest, "ms"),
+        ]
+        ratios.append(Ratio(case, "its median", slowest / median, "times its time"))
     held = {
         "index and rows": table.nbytes / table.num_rows,
         "peak of the process": peak_bytes / table.num_rows,
@@ -231,11 +220,47 @@ def measure_growth(num_rows: int) -> Report:
         setting={
             **setting(),
             "rows": f"0 to {num_rows:,}",
-            "a step": f"{num_new:,} new, {NUM_FETCHED:,} fetched",
+            "a step": f"{NUM_NEW:,} new, {NUM_FETCHED:,} fetched",
+            "steps": f"processor time, fastest of {repeats}",
         },
         figures=figures,
         ratios=ratios,
     )
+
+
+@dataclass(frozen=True)
+class _Growth:
+    """Seconds of this thread's processor time in each step, sizes at the end, and the most memory
+    that the process took in between.
+    """
+
+    fetches_s: list[float]
+    writes_s: list[float]
+    table: TableStats
+    peak_bytes: int
+
+
+def _grow(num_rows: int) -> _Growth:
+    generator = np.random.default_rng(3)
+    client = CacheClient(InProcessTransport(TABLES))
+    rows = generator.standard_normal((NUM_NEW, WIDTH), np.float32)
+    client.fetch(0, {"item": np.arange(NUM_FETCHED)})
+    client.write_back(0, {"item": (np.arange(NUM_NEW), np.arange(NUM_NEW), rows)})
+    client.clear()
+    began_bytes, peak_bytes = resident_bytes(), 0
+    fetches, writes = [], []
+    for step in range(num_rows // NUM_NEW):
+        # Spread over all of int64, as hashed ids are.
+        numbers = np.arange(step * NUM_NEW, (step + 1) * NUM_NEW)
+        keys = ids(numbers)
+        writes.append(
+            timed(lambda s=step, k=keys, n=numbers: client.write_back(s, {"item": (k, n, rows)}))  # type: ignore[misc]
+        )
+        read = ids(generator.integers(0, (step + 1) * NUM_NEW, NUM_FETCHED))
+        fetches.append(timed(lambda s=step, r=read: client.fetch(s + 1, {"item": r})))  # type: ignore[misc]
+        peak_bytes = max(peak_bytes, resident_bytes() - began_bytes)
+    [stats] = client.stats()
+    return _Growth(fetches, writes, stats.tables["item"], peak_bytes)
 
 
 def measure_index(num_keys: int) -> Report:
@@ -360,11 +385,11 @@ def ids(numbers: Int64s) -> Int64s:
     return (numbers.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)).view(np.int64)
 
 
-def timed(call: Callable[[], object]) -> tuple[float, float]:
-    """Seconds of a call, and seconds of this thread's processor time in it."""
-    began, began_processing = time.perf_counter(), time.thread_time()
+def timed(call: Callable[[], object]) -> float:
+    """Seconds of this thread's processor time in a call."""
+    began = time.thread_time()
     call()
-    return time.perf_counter() - began, time.thread_time() - began_processing
+    return time.thread_time() - began
 
 
 def resident_bytes() -> int:

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache_server.messages import AnswerSpace, FetchedRows, FetchRequest, TableSpec
-from cache_server.shared_memory import BufferPool, SharedBuffer
+from cache_server.shared_memory import BufferPool, PrivateBuffer, SharedBuffer
 from cache_server.storage import stored_dtype
 
 _CACHE_LINE_BYTES: Final = 64
@@ -56,19 +56,16 @@ class Answer:
     Args:
         tables: what the shards hold.
         num_keys: that the fetch asks of all shards together, by the name of the table.
-        memory: where; None takes some of the client's own.
+        memory: where.
     """
 
     def __init__(
-        self,
-        tables: Mapping[str, TableSpec],
-        num_keys: Mapping[str, int],
-        memory: Bytes | None = None,
+        self, tables: Mapping[str, TableSpec], num_keys: Mapping[str, int], memory: Bytes
     ) -> None:
         self.num_keys = dict(num_keys)
         self._tables = tables
-        self._fields, nbytes = _fields(tables, num_keys)
-        self._memory = np.empty(nbytes, np.uint8) if memory is None else memory
+        self._fields, _ = _fields(tables, num_keys)
+        self._memory = memory
 
     def put_keys(self, name: str, keys: Int64s, places: Int64s) -> None:
         """Says what is asked of a table: keys (M,), and the row of the answer for each (M,)."""
@@ -85,23 +82,12 @@ class Answer:
         keys = {name: self._array(name, _KEYS)[slice(*span)] for name, span in spans.items()}
         return FetchRequest(generation, step, keys, AnswerPart(self, dict(spans)))
 
-    def take(self) -> dict[str, FetchedRows]:
-        """The rows in the storage type, by table, once every shard has put its own; views, but for
-        rows with padding.
-        """
-        return {name: self._fetched(name) for name in self.num_keys}
-
-    def _fetched(self, name: str) -> FetchedRows:
-        spec = self._tables[name]
-        rows = self._array(name, _WORDS).view(stored_dtype(spec.storage))
-        return FetchedRows(np.ascontiguousarray(rows[:, : spec.width]), self._array(name, _FOUND))
-
     def _array(self, name: str, which: int) -> NDArray[Any]:
         return self._fields[name][which].of(self._memory)
 
 
-class SharedAnswer(Answer):
-    """In a buffer that shards of the node map.
+class ClientAnswer(Answer):
+    """The client's own side, in a buffer.
 
     Args:
         pool: gives the buffer.
@@ -112,20 +98,30 @@ class SharedAnswer(Answer):
     """
 
     def __init__(
-        self, pool: BufferPool, tables: Mapping[str, TableSpec], num_keys: Mapping[str, int]
+        self,
+        pool: BufferPool[SharedBuffer] | BufferPool[PrivateBuffer],
+        tables: Mapping[str, TableSpec],
+        num_keys: Mapping[str, int],
     ) -> None:
-        self._pool = pool
-        self.buffer: SharedBuffer = pool.take(_fields(tables, num_keys)[1])
+        _, nbytes = _fields(tables, num_keys)
+        self._pool: BufferPool[Any] = pool
+        self.buffer: SharedBuffer | PrivateBuffer = pool.take(nbytes)
         super().__init__(tables, num_keys, self.buffer.array())
 
     def take(self) -> dict[str, FetchedRows]:
-        """As ``Answer``; the buffer serves another fetch when the views are gone. One that is not
-        taken is not used again: a shard may still write into it.
+        """The rows in the storage type, by table, once every shard has put its own; views, but for
+        rows with padding. The buffer serves another fetch when they are gone. One that is not taken
+        is not used again: a shard may still write into it.
         """
         self._memory = self._pool.lend(self.buffer)
-        answer = super().take()
+        answer = {name: self._fetched(name) for name in self.num_keys}
         self._memory = self._memory[:0]
         return answer
+
+    def _fetched(self, name: str) -> FetchedRows:
+        spec = self._tables[name]
+        rows = self._array(name, _WORDS).view(stored_dtype(spec.storage))
+        return FetchedRows(np.ascontiguousarray(rows[:, : spec.width]), self._array(name, _FOUND))
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from cache_server.answer import Answer
+from cache_server.answer import ClientAnswer
 from cache_server.messages import TableSpec
 from cache_server.service import ShardService
 from cache_server.shard import DEFAULT_BLOCK_ROWS, CacheShard
+from cache_server.shared_memory import BufferPool, PrivateBuffer
 from cache_server.transport import Pending, Reply
 
 
@@ -33,6 +34,7 @@ class InProcessTransport:
         can_wait: bool = False,
     ) -> None:
         self._tables = dict(tables)
+        self._answers = BufferPool(PrivateBuffer)
         self._services = [
             ShardService(
                 CacheShard(tables, shard=shard, num_shards=num_shards, block_rows=block_rows),
@@ -51,9 +53,9 @@ class InProcessTransport:
         """The number of shards."""
         return len(self._services)
 
-    def new_answer(self, num_keys: Mapping[str, int]) -> Answer:
+    def new_answer(self, num_keys: Mapping[str, int]) -> ClientAnswer:
         """Memory for the answer to a fetch."""
-        return Answer(self._tables, num_keys)
+        return ClientAnswer(self._answers, self._tables, num_keys)
 
     def submit(self, shard: int, method: str, *args: object) -> Pending:
         """Calls the method now; what it raises is kept for ``wait``, as if the call travelled."""

@@ -24,7 +24,7 @@ from ray.exceptions import (
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from cache_server.answer import Answer, SharedAnswer
+from cache_server.answer import ClientAnswer
 from cache_server.errors import CacheError, CacheTimeoutError, ShardLostError
 from cache_server.messages import (
     Fence,
@@ -37,7 +37,13 @@ from cache_server.messages import (
 )
 from cache_server.service import ShardService
 from cache_server.shard import DEFAULT_BLOCK_ROWS, CacheShard
-from cache_server.shared_memory import BufferPool, MappedBuffers, can_share
+from cache_server.shared_memory import (
+    BufferPool,
+    MappedBuffers,
+    PrivateBuffer,
+    SharedBuffer,
+    can_share,
+)
 from cache_server.shared_messages import (
     SharedFetchRequest,
     SharedWrite,
@@ -345,8 +351,9 @@ class RayTransport:
         self._tables = handles.tables
         shards = _shards_on_this_node(handles) if shared_memory is None else range(self.num_shards)
         is_possible = shared_memory is not False and can_share()
-        self._pools = {shard: BufferPool() for shard in shards if is_possible}
-        self._answers = BufferPool()
+        self._pools = {shard: BufferPool(SharedBuffer) for shard in shards if is_possible}
+        self._shared_answers = BufferPool(SharedBuffer)
+        self._private_answers = BufferPool(PrivateBuffer)
 
     @property
     def tables(self) -> Mapping[str, TableSpec]:
@@ -358,13 +365,13 @@ class RayTransport:
         """The number of shards."""
         return len(self._actors)
 
-    def new_answer(self, num_keys: Mapping[str, int]) -> Answer:
+    def new_answer(self, num_keys: Mapping[str, int]) -> ClientAnswer:
         """Memory for the answer to a fetch, shared if any shard can map it."""
-        if self._pools and any(num_keys.values()):
+        if self._pools:
             # Else the system has no memory of this kind left to give.
             with suppress(OSError):
-                return SharedAnswer(self._answers, self._tables, num_keys)
-        return Answer(self._tables, num_keys)
+                return ClientAnswer(self._shared_answers, self._tables, num_keys)
+        return ClientAnswer(self._private_answers, self._tables, num_keys)
 
     def submit(self, shard: int, method: str, *args: Any) -> Pending:
         """Sends the call."""

@@ -1,5 +1,5 @@
 """Memory that two processes of one node share: the client owns it, a shard maps it, and rows go
-through it without being sent.
+through it without being sent. And the pools that keep such memory for the next call.
 
 A buffer is an anonymous file (``memfd``) that the other process opens through its owner's
 ``/proc``: it has no name in any folder, so nothing is left behind however a process ends, and the
@@ -17,8 +17,9 @@ import sys
 import threading
 import weakref
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,7 +32,7 @@ _NAME = re.compile(rf"{_NAME_PREFIX}[0-9a-f]{{32}}")
 _SMALLEST_BUFFER = 2**16
 
 # A single large fetch must not hold its memory for the rest of a run.
-_LARGEST_KEPT = 2**26
+_LARGEST_KEPT = 2**28
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,7 @@ class SharedBuffer:
         self._close = weakref.finalize(self, os.close, fd)
         os.fchmod(fd, 0o600)
         os.ftruncate(fd, nbytes)
+        self.nbytes = nbytes
         self.memory = mmap.mmap(fd, nbytes)
         self.address = BufferAddress(name, os.getpid(), fd, nbytes)
 
@@ -117,18 +119,43 @@ class SharedBuffer:
         return np.frombuffer(self.memory, np.uint8)
 
 
-class BufferPool:
-    """Buffers for the calls to one shard, each for one call at a time; for any thread.
+class PrivateBuffer:
+    """Memory of this process alone.
+
+    Args:
+        nbytes: its size.
+    """
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+        # Not the array itself: a view of a view would outlive what was lent, and nobody would know.
+        self._memory = np.empty(nbytes, np.uint8).data
+
+    def array(self) -> NDArray[np.uint8]:
+        """Its bytes (nbytes,), a view."""
+        return np.frombuffer(self._memory, np.uint8)
+
+
+Buffer = TypeVar("Buffer", SharedBuffer, PrivateBuffer)
+
+
+class BufferPool(Generic[Buffer]):
+    """Buffers, each for one call at a time; for any thread. New memory costs more than what is
+    copied into it: the system clears it page by page.
 
     As many as calls were ever under way at once. What is taken and not given back is freed with its
     last reference: that is what happens to a buffer that a shard may still write into.
+
+    Args:
+        create: makes a buffer of so many bytes.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, create: Callable[[int], Buffer]) -> None:
+        self._create: Callable[[int], Buffer] = create
         # Its methods are atomic; a lock might be held by the very thread that a finalizer runs in.
-        self._free: deque[SharedBuffer] = deque()
+        self._free: deque[Buffer] = deque()
 
-    def take(self, nbytes: int) -> SharedBuffer:
+    def take(self, nbytes: int) -> Buffer:
         """A buffer of at least ``nbytes``.
 
         Raises:
@@ -139,12 +166,12 @@ class BufferPool:
         except IndexError:
             pass
         else:
-            if buffer.address.nbytes >= nbytes:
+            if buffer.nbytes >= nbytes:
                 return buffer
         # Pages that no call reached yet cost nothing.
-        return SharedBuffer(max(_SMALLEST_BUFFER, 1 << (nbytes - 1).bit_length()))
+        return self._create(max(_SMALLEST_BUFFER, 1 << (nbytes - 1).bit_length()))
 
-    def lend(self, buffer: SharedBuffer) -> NDArray[np.uint8]:
+    def lend(self, buffer: Buffer) -> NDArray[np.uint8]:
         """The bytes of a buffer that no shard writes into any more. It serves another call once
         this array and all views of it are gone.
         """
@@ -152,9 +179,9 @@ class BufferPool:
         weakref.finalize(array, self.give_back, buffer).atexit = False
         return array
 
-    def give_back(self, buffer: SharedBuffer) -> None:
+    def give_back(self, buffer: Buffer) -> None:
         """Takes back a buffer that nobody reads or writes any more."""
-        if buffer.address.nbytes <= _LARGEST_KEPT:
+        if buffer.nbytes <= _LARGEST_KEPT:
             self._free.append(buffer)
 
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from cache_server.answer import Answer, Field, SharedAnswer, Span
+from cache_server.answer import Answer, ClientAnswer, Field, Span
 from cache_server.messages import FetchRequest, TableSpec, TableWrite, WriteBatch
-from cache_server.shared_memory import BufferAddress, BufferPool
+from cache_server.shared_memory import BufferAddress, BufferPool, SharedBuffer
 from cache_server.storage import stored_dtype
 
 
@@ -25,7 +25,7 @@ class SharedFetchRequest:
         generation, step: of ``FetchRequest``.
         num_keys: of the whole answer, by the name of the table.
         spans: which of them are the shard's.
-        buffer: with a ``SharedAnswer``.
+        buffer: with the answer.
     """
 
     generation: int
@@ -38,11 +38,12 @@ class SharedFetchRequest:
     def of(cls, request: FetchRequest) -> SharedFetchRequest | None:
         """The same for a shard that can map the answer; None if that is in no buffer."""
         part = request.into
-        if part is None or not isinstance(part.answer, SharedAnswer):
+        if part is None or not isinstance(part.answer, ClientAnswer):
             return None
-        answer = part.answer
-        address = answer.buffer.address
-        return cls(request.generation, request.step, answer.num_keys, part.spans, address)
+        answer, buffer = part.answer, part.answer.buffer
+        if not isinstance(buffer, SharedBuffer):
+            return None
+        return cls(request.generation, request.step, answer.num_keys, part.spans, buffer.address)
 
     def to_plain(self, tables: Mapping[str, TableSpec], memory: NDArray[np.uint8]) -> FetchRequest:
         """The same with arrays, views of ``memory``."""
@@ -84,7 +85,9 @@ class SharedWrite:
         message: for the shard.
     """
 
-    def __init__(self, pool: BufferPool, layout: WriteLayout, batch: WriteBatch) -> None:
+    def __init__(
+        self, pool: BufferPool[SharedBuffer], layout: WriteLayout, batch: WriteBatch
+    ) -> None:
         self._pool = pool
         self._buffer = pool.take(layout.nbytes)
         memory = self._buffer.array()
@@ -101,7 +104,7 @@ class SharedWrite:
 
 
 def share(
-    pool: BufferPool, tables: Mapping[str, TableSpec], batch: WriteBatch
+    pool: BufferPool[SharedBuffer], tables: Mapping[str, TableSpec], batch: WriteBatch
 ) -> SharedWrite | None:
     """``batch`` in a buffer of ``pool``; None if it is empty, or one that a shard refuses.
 

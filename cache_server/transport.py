@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from cache_server.answer import Answer
+from cache_server.answer import ClientAnswer
 from cache_server.messages import TableSpec
 
 
@@ -59,7 +59,7 @@ class Transport(Protocol):
     def num_shards(self) -> int:
         """The number of shards."""
 
-    def new_answer(self, num_keys: Mapping[str, int]) -> Answer:
+    def new_answer(self, num_keys: Mapping[str, int]) -> ClientAnswer:
         """Memory for the answer to a fetch of so many keys, by the name of the table."""
 
     def submit(self, shard: int, method: str, *args: object) -> Pending:

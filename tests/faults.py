@@ -15,7 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from cache_server.answer import Answer
+from cache_server.answer import ClientAnswer
 from cache_server.messages import FetchRequest, TableSpec
 from cache_server.transport import Pending, Reply, Transport
 
@@ -108,7 +108,7 @@ class FaultyTransport:
         """The number of shards."""
         return self._inner.num_shards
 
-    def new_answer(self, num_keys: Mapping[str, int]) -> Answer:
+    def new_answer(self, num_keys: Mapping[str, int]) -> ClientAnswer:
         """Memory for the answer to a fetch."""
         return self._inner.new_answer(num_keys)
 

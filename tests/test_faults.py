@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cache_server.answer import Answer
+from cache_server.answer import ClientAnswer
 from cache_server.errors import CacheError, CacheTimeoutError
 from cache_server.messages import FetchRequest, TableSpec, WriteBatch
+from cache_server.shared_memory import BufferPool, PrivateBuffer
 from cache_server.transport import Pending, Reply
 from tests.faults import FaultCounts, FaultyTransport
 from tests.threads import RankThreads, ThreadedShards
@@ -37,8 +38,8 @@ class Recorder:
         """The arguments, in the order they came."""
         return [arg for *_, arg in self.calls]
 
-    def new_answer(self, num_keys: Mapping[str, int]) -> Answer:
-        return Answer(self.tables, num_keys)
+    def new_answer(self, num_keys: Mapping[str, int]) -> ClientAnswer:
+        return ClientAnswer(BufferPool(PrivateBuffer), self.tables, num_keys)
 
     def submit(self, shard: int, method: str, *args: object) -> Pending:
         [arg] = args

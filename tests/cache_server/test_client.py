@@ -10,12 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cache_server.answer import Answer
+from cache_server.answer import ClientAnswer
 from cache_server.client import CacheClient
 from cache_server.errors import CacheError, CacheTimeoutError, ShardLostError
 from cache_server.hashing import shard_of
 from cache_server.in_process import InProcessTransport
 from cache_server.messages import Fence, TableSpec
+from cache_server.shared_memory import BufferPool, PrivateBuffer
 from cache_server.storage import STORAGE_TYPES, StorageType, compute_dtype
 from cache_server.transport import Pending, Reply
 from tests.cache_server.oracle import DictCache
@@ -208,8 +209,8 @@ class StubTransport:
         self.answers: dict[tuple[int, str], Reply] = {}
         self.is_closed = False
 
-    def new_answer(self, num_keys: Mapping[str, int]) -> Answer:
-        return Answer(self.tables, num_keys)
+    def new_answer(self, num_keys: Mapping[str, int]) -> ClientAnswer:
+        return ClientAnswer(BufferPool(PrivateBuffer), self.tables, num_keys)
 
     def submit(self, shard: int, method: str, *args: object) -> Pending:
         self.calls.append((shard, method))

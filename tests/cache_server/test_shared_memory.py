@@ -8,12 +8,19 @@ import os
 import stat
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from cache_server.errors import CacheError
-from cache_server.shared_memory import BufferAddress, BufferPool, MappedBuffers, SharedBuffer
+from cache_server.shared_memory import (
+    BufferAddress,
+    BufferPool,
+    MappedBuffers,
+    PrivateBuffer,
+    SharedBuffer,
+)
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memfd is of Linux")
 
@@ -85,15 +92,17 @@ def test_a_buffer_that_its_owner_dropped_is_let_go() -> None:
     assert MappedBuffers().array(addresses[0]) is None
 
 
-def test_a_buffer_serves_one_call_at_a_time() -> None:
-    pool = BufferPool()
+@pytest.mark.parametrize("create", [SharedBuffer, PrivateBuffer])
+def test_a_buffer_serves_one_call_at_a_time(create: type[SharedBuffer | PrivateBuffer]) -> None:
+    pool: BufferPool[Any] = BufferPool(create)
     first, second = pool.take(NBYTES), pool.take(NBYTES)
-    assert first.address != second.address
+    assert first is not second
+    assert not np.shares_memory(first.array(), second.array())
     array = pool.lend(first)
     rows = array[64:].view(np.uint32).reshape(-1, 8)[1:]
     del array
     gc.collect()
-    assert pool.take(NBYTES).address not in (first.address, second.address), "it is still read"
+    assert pool.take(NBYTES) not in (first, second), "it is still read"
     del rows
     assert pool.take(NBYTES - 1) is first
     pool.give_back(second)
@@ -102,7 +111,7 @@ def test_a_buffer_serves_one_call_at_a_time() -> None:
 
 @pytest.mark.parametrize("nbytes", [1, 2**16, 2**16 + 1, 2**20 - 1, 3 * 2**20])
 def test_buffers_are_large_enough_and_small_ones_make_way(nbytes: int) -> None:
-    pool = BufferPool()
+    pool = BufferPool(SharedBuffer)
     small = pool.take(1)
     pool.give_back(small)
     buffer = pool.take(nbytes)
@@ -112,8 +121,8 @@ def test_buffers_are_large_enough_and_small_ones_make_way(nbytes: int) -> None:
 
 
 def test_a_very_large_buffer_is_not_kept() -> None:
-    pool = BufferPool()
-    kept, large = pool.take(2**26), pool.take(2**26 + 1)
+    pool = BufferPool(SharedBuffer)
+    kept, large = pool.take(2**28), pool.take(2**28 + 1)
     pool.give_back(kept)
     pool.give_back(large)
     address = large.address

@@ -8,10 +8,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from cache_server.answer import Answer, SharedAnswer
+from cache_server.answer import ClientAnswer
 from cache_server.messages import FetchRequest, TableSpec, TableWrite, WriteBatch
 from cache_server.shard import CacheShard
-from cache_server.shared_memory import BufferAddress, BufferPool
+from cache_server.shared_memory import (
+    BufferAddress,
+    BufferPool,
+    PrivateBuffer,
+    SharedBuffer,
+)
 from cache_server.shared_messages import SharedFetchRequest, SharedWrite, share
 from cache_server.storage import STORAGE_TYPES, stored_dtype
 
@@ -44,7 +49,7 @@ def test_a_shard_does_the_same_with_arrays_and_with_a_buffer(sizes: tuple[int, .
     plain.write(batch)
     expected = plain.fetch(request)
 
-    pool = BufferPool()
+    pool = BufferPool(SharedBuffer)
     write = share(pool, TABLES, batch)
     assert isinstance(write, SharedWrite)
     shared.write(write.message.to_plain(TABLES, write_memory := buffer_at(write.message.buffer)))
@@ -54,7 +59,7 @@ def test_a_shard_does_the_same_with_arrays_and_with_a_buffer(sizes: tuple[int, .
     write_memory[...] = 255
     del write_memory
 
-    answer = SharedAnswer(pool, TABLES, {name: array.size for name, array in keys.items()})
+    answer = ClientAnswer(pool, TABLES, {name: array.size for name, array in keys.items()})
     order = {name: generator.permutation(array.size) for name, array in keys.items()}
     for name, array in keys.items():
         answer.put_keys(name, array[order[name]], order[name])
@@ -80,17 +85,16 @@ def test_a_shard_does_the_same_with_arrays_and_with_a_buffer(sizes: tuple[int, .
         assert not got.rows.size or got.rows.ctypes.data % 8 == 0
 
 
-@pytest.mark.parametrize("has_buffer", [False, True])
-def test_rows_that_are_sent_go_to_their_places(has_buffer: bool) -> None:
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_rows_that_are_sent_go_to_their_places(is_shared: bool) -> None:
     generator = np.random.default_rng(0)
     writes = {name: random_write(generator, spec, 40) for name, spec in TABLES.items()}
     shard = CacheShard(TABLES, block_rows=64)
     shard.write(WriteBatch(0, 0, writes))
     keys = {name: generator.permutation(np.arange(-60, 60)) for name in TABLES}
     num_keys = dict.fromkeys(TABLES, 120)
-    answer = (
-        SharedAnswer(BufferPool(), TABLES, num_keys) if has_buffer else Answer(TABLES, num_keys)
-    )
+    pool = BufferPool(SharedBuffer) if is_shared else BufferPool(PrivateBuffer)
+    answer = ClientAnswer(pool, TABLES, num_keys)
     for name, array in keys.items():
         answer.put_keys(name, array[::-1], np.arange(120)[::-1])
     for span in ((0, 50), (50, 120)):
@@ -104,7 +108,8 @@ def test_rows_that_are_sent_go_to_their_places(has_buffer: bool) -> None:
 
 
 def test_an_answer_that_is_in_no_buffer_is_sent() -> None:
-    request = Answer(TABLES, {"float32-1": 1}).request(0, 1, {"float32-1": (0, 1)})
+    answer = ClientAnswer(BufferPool(PrivateBuffer), TABLES, {"float32-1": 1})
+    request = answer.request(0, 1, {"float32-1": (0, 1)})
     assert SharedFetchRequest.of(request) is None
     assert SharedFetchRequest.of(replace(request, into=None)) is None
 
@@ -117,7 +122,7 @@ def buffer_at(address: BufferAddress) -> np.typing.NDArray[np.uint8]:
 
 
 def test_what_a_shard_refuses_and_what_is_empty_is_sent() -> None:
-    pool, specs = BufferPool(), {"item": TableSpec(2)}
+    pool, specs = BufferPool(SharedBuffer), {"item": TableSpec(2)}
     none = np.empty(0, np.int64)
     one, row = np.ones(1, np.int64), np.ones((1, 2), np.float32)
     assert share(pool, specs, WriteBatch(0, 0, {"item": TableWrite(one, one, row)})) is not None

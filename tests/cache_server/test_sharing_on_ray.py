@@ -74,7 +74,7 @@ def is_shared(fetched: FetchedRows) -> bool:
     base = fetched.rows
     while isinstance(base, np.ndarray):
         base = base.base  # type: ignore[assignment]
-    return isinstance(base, mmap.mmap | memoryview)
+    return isinstance(getattr(base, "obj", base), mmap.mmap)
 
 
 def fetch_from_shard(transport: RayTransport) -> FetchedRows:
