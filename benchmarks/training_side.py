@@ -21,6 +21,7 @@ from felrec_dist.model.felrec import ModelConfig, build_model
 from felrec_dist.training.clock import LOADER_PHASES, PhaseClock
 from felrec_dist.training.config import TrainingConfig
 from felrec_dist.training.exchange import Exchange
+from felrec_dist.training.host_memory import keep_freed_memory
 from felrec_dist.training.loader import BatchLoader
 from felrec_dist.training.representations import (
     ITEM,
@@ -72,6 +73,7 @@ def training_side(
     *,
     is_straightforward: bool = False,
     uses_bfloat16: bool = False,
+    keeps_memory: bool = True,
 ) -> Iterator[TrainingSide]:
     """Yields FELRec-Q of the paper's sizes on the batches of a span.
 
@@ -81,7 +83,11 @@ def training_side(
         world: of this rank.
         is_straightforward: whether the encoder is the reference's.
         uses_bfloat16: of the model.
+        keeps_memory: whether freed memory serves the next tensors, as in training; a process that
+            did so once does so ever after.
     """
+    if keeps_memory and world.device.type == "cpu":
+        keep_freed_memory()  # as in training
     config = ModelConfig()
     torch.manual_seed(0)
     model = build_model(config)

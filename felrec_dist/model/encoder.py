@@ -17,6 +17,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from felrec_dist.model.attention import grouped_attention
 from felrec_dist.model.dropout import EventDropout
 from felrec_dist.model.packing import Packing
 from felrec_dist.section import Section
@@ -56,28 +57,8 @@ class SelfAttention(nn.Module):
         if projected_RC.dtype == torch.bfloat16 and projected_RC.device.type == "cpu":
             # A CPU's fused attention is slower in bfloat16, and takes back what the products won.
             projected_RC = projected_RC.float()
-        attended = []
-        # Slices would each bring back a gradient as large as all rows.
-        pieces = zip(
-            packing.groups,
-            projected_RC.split(packing.rows_of_groups),
-            packing.is_slot_R.split(packing.rows_of_groups),
-            strict=True,
-        )
-        for group, group_RC, is_slot_R in pieces:
-            shape = (group.num_histories, group.num_slots, 3, self.num_heads, -1)
-            query_BHSd, key_BHSd, value_BHSd = group_RC.view(shape).permute(2, 0, 3, 1, 4).unbind()
-            is_slot_BS = is_slot_R.view(group.num_histories, -1)
-            with torch.autocast("cpu", enabled=False):
-                attended_BHSd = F.scaled_dot_product_attention(
-                    query_BHSd,
-                    key_BHSd,
-                    value_BHSd,
-                    attn_mask=is_slot_BS[:, None, None, :] if group.is_padded else None,
-                )
-            attended.append(attended_BHSd.transpose(1, 2).reshape(len(group_RC), -1))
-        # A rank's slice may be empty, and have no group.
-        return cast(Tensor, self.output(torch.cat(attended) if attended else x_RD))
+        attended_RD = grouped_attention(projected_RC, packing, self.num_heads)
+        return cast(Tensor, self.output(attended_RD))
 
 
 class EncoderBlock(nn.Module):

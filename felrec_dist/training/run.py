@@ -30,6 +30,7 @@ from felrec_dist.evaluation.result import (
     write_json,
 )
 from felrec_dist.training.checkpoint import read_checkpoint
+from felrec_dist.training.host_memory import keep_freed_memory
 from felrec_dist.training.trainer import Progress, RunResult, Trainer
 from felrec_dist.training.world import World
 
@@ -112,6 +113,7 @@ def run_training(
     should_stop: Callable[[], bool] = lambda: False,
 ) -> RunResult:
     """Trains, tests the best epoch, and leaves the report in the run's folder."""
+    _use_memory(world)
     dataset = _open(config, world)
     with (
         _memory_errors(config),
@@ -133,6 +135,11 @@ def run_training(
     return result
 
 
+def _use_memory(world: World) -> None:
+    if world.device.type == "cpu":
+        keep_freed_memory()
+
+
 def run_evaluation(
     config: ExperimentConfig,
     client: CacheClient,
@@ -144,6 +151,7 @@ def run_evaluation(
     should_stop: Callable[[], bool] = lambda: False,
 ) -> PartResult:
     """Tests a checkpoint and leaves the report in the run's folder."""
+    _use_memory(world)
     dataset = _open(config, world)
     checkpoint = read_checkpoint(checkpoint_url)
     with (
