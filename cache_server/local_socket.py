@@ -225,7 +225,7 @@ class SocketCall:
 
     def take(self) -> SocketAnswer | None:
         """The answer, once ``wait_for_answers`` says that it is there; for one time. None if the
-        connection broke and the process lives.
+        connection broke and the process lives: it ends none while it is at a call.
 
         Raises:
             ConnectionError: the process has ended.

@@ -487,12 +487,12 @@ class RayTransport:
         """Sets the reply of a call that has its answer; or sends the call anew. Whether there is
         nothing more to wait for.
         """
-        if call.direct is None:
-            reply = _reply(call.shard, call.ref, deadline)
-        else:
+        if call.direct is not None:
             reply = _direct_reply(call.shard, call.direct)
+        else:
+            reply = _reply(call.shard, call.ref, deadline)
         if reply is None:
-            # The connection broke and the shard lives: Ray still reaches it.
+            # The shard lives, and is at no call of this connection: Ray reaches it.
             self._sockets.pop(call.shard, None)
             self._begin(call)
         elif reply.error is None and call.is_shared and not reply.value:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import signal
@@ -162,7 +163,7 @@ def test_an_error_of_another_kind_says_what_and_where(client: SocketClient) -> N
 
 
 @pytest.mark.parametrize(
-    "garbage", [b"\xff\xfe", b"{", b"[" * 2**16, b"9" * 5000, b" " * (2**16 + 1), b"x" * 100_000]
+    "garbage", [b"\xff\xfe", b"{", b"[" * 2**16, b"9" * 5000, b"2" + b" " * 2**16, b"x" * 100_000]
 )
 def test_garbage_is_refused_and_others_are_served(
     garbage: bytes, server: SocketServer, client: SocketClient, script: Script
@@ -186,7 +187,7 @@ def test_an_answer_of_another_kind_is_none(
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(local_socket, "_END_S", 0.0)
-        patch.setattr(local_socket.json, "dumps", lambda *_, **__: answer.decode())
+        patch.setattr(json, "dumps", lambda *_, **__: answer.decode())
         assert answer_of(begin(client, "echoed by the patch")) is None
     assert answer_of(begin(client, 1)) == SocketAnswer(True)
 
@@ -302,7 +303,7 @@ def test_other_users_are_refused_by_both_ends(
 ) -> None:
     another = os.geteuid() + 1
     with monkeypatch.context() as patch:
-        patch.setattr(local_socket.os, "geteuid", lambda: another)
+        patch.setattr(os, "geteuid", lambda: another)
         assert client.call(1) is None
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as stranger:
             stranger.settimeout(LIMIT_S)
