@@ -321,6 +321,17 @@ def test_other_processes_are_not_taken_for_the_one_that_is_meant(server: SocketS
         SocketClient(SocketAddress(server.address.name, 2**22 + 1))
 
 
+def test_a_server_that_accepts_nobody_is_not_waited_for() -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind("\0felrec-shard-test")
+        listener.listen(1)
+        client = SocketClient(SocketAddress("felrec-shard-test", os.getpid()))
+        calls = [client.call(1) for _ in range(5)]
+        assert calls[0] is not None
+        assert calls[-1] is None, "no room for another one that waits"
+        assert wait_for_answers([calls[0]], 0.05) == []
+
+
 def test_without_a_thread_or_a_descriptor_the_server_lives_on(
     client: SocketClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -164,10 +164,9 @@ def test_numbers_of_numpy_can_be_sent() -> None:
     assert from_fields(json.loads(json.dumps(to_fields(message, 1.0))))[0] == message
 
 
-NO_COUNTS: list[object] = [[], {}, {"item": 51}, {"item": -1}, {"item": 1.0}, {"item": "1"}]
 FIELDS: list[Any] = to_fields(FETCH, 1.0)
-WRITE_NO_COUNTS: list[object] = [[], {}, {"item": 51}, {"item": -1}, {"item": 1.0}, {"item": "1"}]
-FIELDS: list[Any] = to_fields(WRITE, 1.0)
+WRITE_FIELDS: list[Any] = to_fields(WRITE, 1.0)
+NO_COUNTS: list[object] = [[], {}, {"item": 51}, {"item": -1}, {"item": 1.0}, {"item": "1"}]
 
 
 def with_field(place: int, value: object, fields: list[Any] = FIELDS) -> list[Any]:
