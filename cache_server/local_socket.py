@@ -4,8 +4,8 @@ The socket lies in Linux's abstract namespace, so no file is left behind however
 Each connection carries one call at a time, and the kernel keeps messages apart (``SEQPACKET``), so
 no length is read off the wire. Messages are JSON: nothing that was received is unpickled.
 
-It is a faster way and never the only one. Where it cannot be had, the call goes the other way; only
-that the other process has ended is said here, because the kernel says so at once (``pidfd``).
+It is a faster way and never the only one: where it cannot be had, or breaks, it says only that, and
+the call goes the other way.
 """
 
 from __future__ import annotations
@@ -39,9 +39,6 @@ _BACKLOG = 1024
 # Far more than a fetch of many tables needs, and less than what a socket takes at once.
 _LONGEST_MESSAGE = 2**16
 
-# Between the end of its connections and the end of a process.
-_END_S = 1.0
-
 _LONGEST_POLL_MS = 2**31 - 1
 
 # Until a process without a free file descriptor looks for one again.
@@ -53,19 +50,6 @@ _PEER = struct.Struct("iII")
 _ERRORS = {
     kind.__name__: kind for kind in (CacheError, CacheTimeoutError, ShardLostError, SnapshotError)
 }
-
-
-@dataclass(frozen=True)
-class SocketAddress:
-    """Where a process listens.
-
-    Args:
-        name: random, in the abstract namespace.
-        pid: the process, as the processes of its container number it.
-    """
-
-    name: str
-    pid: int
 
 
 @dataclass(frozen=True)
@@ -89,20 +73,20 @@ class SocketServer:
             back. Several threads call it.
 
     Attributes:
-        address: for the other processes of this user.
+        name: random; where the other processes of this user find it.
 
     Raises:
         OSError: the system has no such sockets.
     """
 
     def __init__(self, answer: Callable[[Any], bool]) -> None:
-        self.address = SocketAddress(_NAME_PREFIX + secrets.token_hex(16), os.getpid())
+        self.name = _NAME_PREFIX + secrets.token_hex(16)
         self._answer = answer
         self._lock = threading.Lock()
         self._connections: set[socket.socket] = set()
         self._is_closed = False
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._listener.bind(_path(self.address))
+        self._listener.bind(_path(self.name))
         self._listener.listen(_BACKLOG)
         threading.Thread(target=self._accept_all, name="accepts clients", daemon=True).start()
 
@@ -128,7 +112,7 @@ class SocketServer:
 
     def _begin(self, connection: socket.socket) -> None:
         with self._lock:
-            if self._is_closed or _peer(connection)[1] != os.geteuid():
+            if self._is_closed or _user_of(connection) != os.geteuid():
                 connection.close()
                 return
             self._connections.add(connection)
@@ -168,46 +152,25 @@ class SocketClient:
     at once; they end with its last reference.
 
     Args:
-        address: of the ``SocketServer``.
-
-    Raises:
-        OSError: there is no such process here.
+        name: of the ``SocketServer``.
     """
 
-    def __init__(self, address: SocketAddress) -> None:
-        self._address = address
-        self._process = os.pidfd_open(address.pid)
-        weakref.finalize(self, os.close, self._process)
+    def __init__(self, name: str) -> None:
+        self._name = name
         # Its methods are atomic.
         self._free: deque[_Connection] = deque()
 
     def call(self, fields: Any) -> SocketCall | None:
-        """Sends what JSON can hold; returns without waiting. None if this way cannot be had now.
-
-        Raises:
-            ConnectionError: the process has ended.
-        """
+        """Sends what JSON can hold; returns without waiting. None if this way cannot be had now."""
         try:
-            connection = self._free.pop()
-        except IndexError:
             try:
-                connection = _Connection(self._address)
-            except OSError:
-                self._check(0.0)
-                return None
-        try:
+                connection = self._free.pop()
+            except IndexError:
+                connection = _Connection(self._name)
             _send(connection.socket, fields)
         except OSError:
-            self._check(_END_S)
             return None
         return SocketCall(self, connection)
-
-    def _check(self, limit_s: float) -> None:
-        """Raises ConnectionError if the process ends within the limit."""
-        poll = select.poll()
-        poll.register(self._process, select.POLLIN)
-        if poll.poll(1000 * limit_s):
-            raise ConnectionError(f"its process {self._address.pid} has ended")
 
 
 class SocketCall:
@@ -225,17 +188,14 @@ class SocketCall:
 
     def take(self) -> SocketAnswer | None:
         """The answer, once ``wait_for_answers`` says that it is there; for one time. None if the
-        connection broke and the process lives: it ends none while it is at a call.
-
-        Raises:
-            ConnectionError: the process has ended.
+        connection broke: the process has ended, or did not take the call. It ends no connection
+        while it is at a call of it.
         """
         try:
             message = self._connection.socket.recv(_LONGEST_MESSAGE + 1)
         except OSError:
             message = b""
         if not message:
-            self._client._check(_END_S)
             return None
         try:
             answer = _answer_from_fields(_decoded(message))
@@ -258,31 +218,31 @@ def wait_for_answers(calls: Iterable[SocketCall], timeout_s: float) -> list[Sock
 
 
 class _Connection:
-    """A connection to the process that an address means, and to no other.
+    """A connection to a process of this user.
 
     Raises:
-        OSError: there is none.
+        OSError: none listens under this name here.
     """
 
-    def __init__(self, address: SocketAddress) -> None:
+    def __init__(self, name: str) -> None:
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         weakref.finalize(self, self.socket.close)
         # It is made at once or not at all; then it takes and gives whole messages.
         self.socket.setblocking(False)
-        self.socket.connect(_path(address))
-        if _peer(self.socket) != (address.pid, os.geteuid()):
-            raise PermissionError("the socket is that of another process or user")
+        self.socket.connect(_path(name))
+        if _user_of(self.socket) != os.geteuid():
+            raise PermissionError("the socket is that of another user")
 
 
-def _path(address: SocketAddress) -> str:
-    return f"\0{address.name}"
+def _path(name: str) -> str:
+    return f"\0{name}"
 
 
-def _peer(connection: socket.socket) -> tuple[int, int]:
-    """Process and user at the other end."""
+def _user_of(connection: socket.socket) -> int:
+    """Who is at the other end."""
     option = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
-    pid, uid, _ = _PEER.unpack(option)
-    return pid, uid
+    _, uid, _ = _PEER.unpack(option)
+    return int(uid)
 
 
 def _shut_down(connection: socket.socket) -> None:

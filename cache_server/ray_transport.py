@@ -27,7 +27,6 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from cache_server.answer import Answer, SharedAnswer
 from cache_server.errors import CacheError, CacheTimeoutError, ShardLostError
 from cache_server.local_socket import (
-    SocketAddress,
     SocketCall,
     SocketClient,
     SocketServer,
@@ -82,14 +81,14 @@ class ShardHandles:
         actors: the actor handle of each shard, in order.
         tables: what they hold.
         node_ids: the node of Ray that each shard is on; it never moves.
-        sockets: where each shard listens for clients on its node, if it does.
+        sockets: the name of the local socket that each shard listens on, if it does.
         placement_group: where they were placed, if in a group of their own.
     """
 
     actors: tuple[Any, ...]
     tables: Mapping[str, TableSpec]
     node_ids: tuple[str, ...] = ()
-    sockets: tuple[SocketAddress | None, ...] = ()
+    sockets: tuple[str | None, ...] = ()
     placement_group: Any = None
 
 
@@ -101,13 +100,13 @@ class CacheDescription:
         num_shards: the number of shards.
         tables: what they hold.
         node_id: the node of Ray that the shard is on.
-        socket: where it listens for clients on its node, if it does.
+        socket: the name of the local socket that it listens on, if it does.
     """
 
     num_shards: int
     tables: Mapping[str, TableSpec]
     node_id: str
-    socket: SocketAddress | None
+    socket: str | None
 
 
 class ShardActor:
@@ -126,7 +125,7 @@ class ShardActor:
         if can_share():
             # Else every call goes through Ray.
             with suppress(OSError):
-                socket = SocketServer(self._answer_directly).address
+                socket = SocketServer(self._answer_directly).name
         node_id = ray.get_runtime_context().get_node_id()
         self._description = CacheDescription(num_shards, tables, node_id, socket)
 
@@ -388,12 +387,11 @@ class RayTransport:
         is_possible = shared_memory is not False and can_share()
         self._pools = {shard: BufferPool() for shard in shards if is_possible}
         self._answers = BufferPool()
-        self._sockets: dict[int, SocketClient] = {}
-        for shard, address in enumerate(handles.sockets):
-            if shard in self._pools and address is not None:
-                # Else there is no such process here: it has ended, or is in another container.
-                with suppress(OSError):
-                    self._sockets[shard] = SocketClient(address)
+        self._sockets = {
+            shard: SocketClient(name)
+            for shard, name in enumerate(handles.sockets)
+            if shard in self._pools and name is not None
+        }
 
     @property
     def tables(self) -> Mapping[str, TableSpec]:
@@ -449,7 +447,7 @@ class RayTransport:
         """Sends a call, or sends it anew."""
         method, args = call.method, call.args
         call.direct = call.write = None
-        message = self._share(call) if call.shard in self._pools else None
+        message = self._share(call)
         call.is_shared = message is not None
         if message is not None:
             if self._send_directly(call, message):
@@ -464,48 +462,50 @@ class RayTransport:
             call.reply = Reply(call.shard, error=_lost(error))
 
     def _send_directly(self, call: _Call, message: SharedFetchRequest | SharedWriteBatch) -> bool:
-        """Whether the call went through a local socket, or need not go because the shard died."""
-        if call.shard in self._sockets:
+        """Whether the call went through a local socket."""
+        client = self._sockets.get(call.shard)
+        if client is not None:
             wait_s = call.args[1]
-            try:
-                call.direct = self._sockets[call.shard].call(to_fields(message, wait_s))
-            except ConnectionError as error:
-                call.reply = Reply(call.shard, error=error)
-        return call.direct is not None or call.reply is not None
+            call.direct = client.call(to_fields(message, wait_s))
+        return call.direct is not None
 
     def _share(self, call: _Call) -> SharedFetchRequest | SharedWriteBatch | None:
         """The call's message in shared memory; None where it is to be sent."""
+        pool = self._pools.get(call.shard)
+        if pool is None:
+            return None
         if call.method == "fetch":
             return SharedFetchRequest.of(call.args[0])
         if call.method == "write":
             # Else the system has no memory of this kind left to give.
             with suppress(OSError):
-                call.write = share(self._pools[call.shard], self._tables, call.args[0])
+                call.write = share(pool, self._tables, call.args[0])
         return None if call.write is None else call.write.message
 
     def _take_answer(self, call: _Call, deadline: float) -> bool:
         """Sets the reply of a call that has its answer; or sends the call anew. Whether there is
         nothing more to wait for.
         """
-        if call.direct is not None:
-            reply = _direct_reply(call.shard, call.direct)
-        else:
+        if call.direct is None:
             reply = _reply(call.shard, call.ref, deadline)
-        if reply is None:
-            # The shard lives, and is at no call of this connection: Ray reaches it.
+        elif (answer := call.direct.take()) is not None:
+            reply = Reply(call.shard, answer.value, answer.error)
+        else:
+            # As a rule the shard died: Ray knows, and knows why.
             self._sockets.pop(call.shard, None)
             self._begin(call)
-        elif reply.error is None and call.is_shared and not reply.value:
+            return call.reply is not None
+        if reply.is_missing:
+            return True
+        if reply.error is None and call.is_shared and not reply.value:
             # One node of Ray need not be one system: two containers may make one.
             self._pools.pop(call.shard, None)
             self._begin(call)
-        elif not reply.is_missing:
-            call.reply = reply if reply.error else self._answer_of(call, reply)
-            # A buffer of a write whose answer was not taken is not used again.
-            call.write = None
-        else:
-            return True
-        return call.reply is not None
+            return call.reply is not None
+        call.reply = reply if reply.error else self._answer_of(call, reply)
+        # A buffer of a write whose answer was not taken is not used again.
+        call.write = None
+        return True
 
     def _answer_of(self, call: _Call, reply: Reply) -> Reply:
         if call.method == "fetch" and (part := call.args[0].into) is not None:
@@ -578,15 +578,6 @@ def _reply(shard: int, ref: Any, deadline: float) -> Reply:
     except ray.exceptions.ObjectLostError as error:
         # The answer died with the node that held it.
         return Reply(shard, error=_lost(error))
-
-
-def _direct_reply(shard: int, call: SocketCall) -> Reply | None:
-    """None if the connection broke and the shard lives."""
-    try:
-        answer = call.take()
-    except ConnectionError as error:
-        return Reply(shard, error=error)
-    return None if answer is None else Reply(shard, answer.value, answer.error)
 
 
 def _lost(error: Exception) -> ConnectionError:

@@ -26,7 +26,7 @@ from cache_server import local_socket  # noqa: E402
 from cache_server.client import CacheClient  # noqa: E402
 from cache_server.errors import CacheTimeoutError, ShardLostError  # noqa: E402
 from cache_server.hashing import shard_of  # noqa: E402
-from cache_server.local_socket import SocketAddress, SocketClient  # noqa: E402
+from cache_server.local_socket import SocketClient  # noqa: E402
 from cache_server.messages import FetchedRows, TableSpec  # noqa: E402
 from cache_server.ray_transport import (  # noqa: E402
     RayTransport,
@@ -228,25 +228,12 @@ def test_calls_about_shared_rows_go_through_sockets(
     assert len(direct_calls) == 2 * num_shards
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        None,
-        SocketAddress("felrec-shard-none", os.getpid()),
-        SocketAddress("felrec-shard-none", 2**22 + 1),
-        "that of another process",
-    ],
-)
+@pytest.mark.parametrize("name", [None, "felrec-shard-none"])
 def test_where_no_socket_is_to_be_had_the_calls_go_through_ray(
-    filled: ShardHandles, wrong: SocketAddress | str | None, direct_calls: list[object]
+    filled: ShardHandles, name: str | None, direct_calls: list[object]
 ) -> None:
-    right = filled.sockets
-    assert all(address is not None for address in right)
-    sockets = tuple(
-        dataclasses.replace(address, pid=os.getpid()) if isinstance(wrong, str) else wrong
-        for address in right
-        if address is not None
-    )
+    assert all(filled.sockets)
+    sockets = (name,) * len(filled.actors)
     transport = RayTransport(dataclasses.replace(filled, sockets=sockets))
     write_again(CacheClient(transport, 20.0))
     assert is_shared(fetch_from_shard(transport))
@@ -254,9 +241,8 @@ def test_where_no_socket_is_to_be_had_the_calls_go_through_ray(
 
 
 def test_a_connection_that_breaks_while_the_shard_lives_is_no_loss(
-    filled: ShardHandles, direct_calls: list[object], monkeypatch: pytest.MonkeyPatch
+    filled: ShardHandles, direct_calls: list[object]
 ) -> None:
-    monkeypatch.setattr(local_socket, "_END_S", 0.0)
     num_shards = len(filled.actors)
     transport = RayTransport(filled)
     client = CacheClient(transport, 20.0)
@@ -314,8 +300,7 @@ def test_a_shard_that_is_stopped_is_named_and_goes_on(
 ) -> None:
     handles = create_shard_actors(TABLES, 1, fetch_threads=8)
     fill(handles)
-    assert handles.sockets[0] is not None
-    pid = handles.sockets[0].pid
+    pid = process_of(handles)
     transport = RayTransport(handles)
     client, other = CacheClient(transport, 0.3), CacheClient(transport, 20.0)
     client.fetch(1, {"item": KEYS})
@@ -376,7 +361,7 @@ def test_nothing_is_left_of_a_killed_client_or_shard(session: None) -> None:
     files = set(os.listdir("/dev/shm"))
     handles = create_shard_actors(TABLES, 1, fetch_threads=2)
     fill(handles)
-    shard_pid = ray.get(handles.actors[0].__ray_call__.remote(lambda _: os.getpid()), timeout=30)
+    shard_pid = process_of(handles)
     worker = ray.remote(num_cpus=0, max_restarts=0)(Worker).remote()
     worker_pid = ray.get(worker.fetch.remote(handles), timeout=30)
     names = buffers_in(worker_pid)
@@ -396,16 +381,20 @@ def test_nothing_is_left_of_a_killed_client_or_shard(session: None) -> None:
         waiting = pool.submit(client.sibling().fetch, 2, {"item": KEYS})
         assert not wait_for_futures([waiting], 0.2).done
         os.kill(shard_pid, signal.SIGKILL)
-        # By the kernel: Ray notices it a second later.
-        with pytest.raises(ShardLostError, match=rf"shard 0 of 1(?s:.*)process {shard_pid} has"):
-            waiting.result(20)
-    with pytest.raises(ShardLostError, match=rf"shard 0 of 1(?s:.*)process {shard_pid} has ended"):
+        with pytest.raises(ShardLostError, match="shard 0 of 1"):
+            waiting.result(15)
+    with pytest.raises(ShardLostError, match="shard 0 of 1"):
         client.fetch(1, {"item": KEYS})
     assert np.array_equal(fetched["item"].rows, rows_of(KEYS, "item")), "ours until we let go"
     del fetched, client, waiting
     gc.collect()
     assert not names & buffers_in(os.getpid())
     assert not any("felrec" in name for name in set(os.listdir("/dev/shm")) - files)
+
+
+def process_of(handles: ShardHandles) -> int:
+    """The process of the first shard."""
+    return int(ray.get(handles.actors[0].__ray_call__.remote(lambda _: os.getpid()), timeout=30))
 
 
 def buffers_in(pid: int) -> set[str]:
