@@ -40,8 +40,8 @@ LIMIT_S = 20.0
 
 
 class Script:
-    """What a server does: ``wait`` waits for ``go_on``, everything else is kept and answered with
-    whether it is true.
+    """What a server does: ``wait`` waits for ``go_on``, a dictionary is an error, everything else is
+    kept and answered with whether it is true.
     """
 
     def __init__(self) -> None:
@@ -52,9 +52,7 @@ class Script:
         if fields == "wait":
             return self.go_on.wait(LIMIT_S)
         if isinstance(fields, dict):
-            raise {"memory": MemoryError("none left"), "own": CacheTimeoutError("Late.")}[
-                fields["raise"]
-            ]
+            raise MemoryError("none left")
         self.seen.append(fields)
         return bool(fields)
 
@@ -148,7 +146,7 @@ def test_an_error_comes_back_as_it_was_raised(kind: type[FelrecError], facts: An
 
 
 def test_an_error_of_another_kind_says_what_and_where(client: SocketClient) -> None:
-    answer = answer_of(begin(client, {"raise": "memory"}))
+    answer = answer_of(begin(client, {}))
     assert answer is not None
     assert type(answer.error) is CacheError
     with pytest.raises(
@@ -222,10 +220,6 @@ def test_as_many_connections_as_calls_were_under_way(
 def test_a_given_up_call_answers_no_other(
     client: SocketClient, server: SocketServer, script: Script
 ) -> None:
-    # The answers would be told apart.
-    script_of_other = begin(client, {"raise": "own"})
-    assert answer_of(script_of_other) != SocketAnswer(True)
-    del script_of_other
     given_up = begin(client, "wait")
     assert wait_for_answers([given_up], 0.05) == []
     del given_up
