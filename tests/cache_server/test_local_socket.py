@@ -40,8 +40,8 @@ LIMIT_S = 20.0
 
 
 class Script:
-    """What a server does: ``wait`` waits for ``go_on``, a dictionary is an error, everything else is
-    kept and answered with whether it is true.
+    """What a server does: ``wait`` waits for ``go_on``, a dictionary is an error, all else is kept
+    and answered with whether it is true.
     """
 
     def __init__(self) -> None:
