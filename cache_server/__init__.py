@@ -17,6 +17,7 @@
     messages.py       what travels
     shared_memory.py  memory that a client and a shard on its node share
     shared_messages.py  fetches and writes whose arrays lie there
+    local_socket.py   a direct way to a process on the same node; no Ray
     addresses.py      arrays from addresses, inside compiled code
     errors.py         the cache's errors
 """

@@ -26,6 +26,12 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cache_server.answer import ClientAnswer
 from cache_server.errors import CacheError, CacheTimeoutError, ShardLostError
+from cache_server.local_socket import (
+    SocketCall,
+    SocketClient,
+    SocketServer,
+    wait_for_answers,
+)
 from cache_server.messages import (
     Fence,
     FetchedRows,
@@ -48,7 +54,9 @@ from cache_server.shared_messages import (
     SharedFetchRequest,
     SharedWrite,
     SharedWriteBatch,
+    from_fields,
     share,
+    to_fields,
 )
 from cache_server.snapshot import SnapshotPart
 from cache_server.transport import Pending, Reply
@@ -63,6 +71,10 @@ _FENCE_THREADS = 1
 # What goes through shared memory where it can, and the method that takes it.
 _SHARED = {"fetch": "fetch_shared", "write": "write_shared"}
 
+# Who waits for sockets and for Ray looks at Ray this often. An error is noticed so much later; an
+# answer is not late, because those of the sockets are waited for as well.
+_LOOK_AT_RAY_S = 0.02
+
 # An actor that was just ended keeps its name until Ray has noticed.
 _NAME_TIMEOUT_S = 10.0
 
@@ -75,12 +87,14 @@ class ShardHandles:
         actors: the actor handle of each shard, in order.
         tables: what they hold.
         node_ids: the node of Ray that each shard is on; it never moves.
+        sockets: the name of the local socket that each shard listens on, if it does.
         placement_group: where they were placed, if in a group of their own.
     """
 
     actors: tuple[Any, ...]
     tables: Mapping[str, TableSpec]
     node_ids: tuple[str, ...] = ()
+    sockets: tuple[str | None, ...] = ()
     placement_group: Any = None
 
 
@@ -92,11 +106,13 @@ class CacheDescription:
         num_shards: the number of shards.
         tables: what they hold.
         node_id: the node of Ray that the shard is on.
+        socket: the name of the local socket that it listens on, if it does.
     """
 
     num_shards: int
     tables: Mapping[str, TableSpec]
     node_id: str
+    socket: str | None
 
 
 class ShardActor:
@@ -106,13 +122,18 @@ class ShardActor:
         self, tables: Mapping[str, TableSpec], shard: int, num_shards: int, block_rows: int
     ) -> None:
         self._name = f"cache shard {shard} of {num_shards}"
-        node_id = ray.get_runtime_context().get_node_id()
-        self._description = CacheDescription(num_shards, tables, node_id)
         self._buffers = MappedBuffers()
         self._service = ShardService(
             CacheShard(tables, shard=shard, num_shards=num_shards, block_rows=block_rows),
             can_wait=True,
         )
+        socket = None
+        if can_share():
+            # Else every call goes through Ray.
+            with suppress(OSError):
+                socket = SocketServer(self._answer_directly).name
+        node_id = ray.get_runtime_context().get_node_id()
+        self._description = CacheDescription(num_shards, tables, node_id, socket)
 
     def __repr__(self) -> str:
         return self._name
@@ -150,6 +171,13 @@ class ShardActor:
             return False
         self._service.write(batch.to_plain(self._description.tables, array), wait_s)
         return True
+
+    def _answer_directly(self, fields: Any) -> bool:
+        """``fetch_shared`` or ``write_shared`` of a client on this node."""
+        message, wait_s = from_fields(fields)
+        if isinstance(message, SharedFetchRequest):
+            return self.fetch_shared(message, wait_s)
+        return self.write_shared(message, wait_s)
 
     @ray.method(concurrency_group="control")
     def clear(self, generation: int, step: int, wait_s: float) -> None:
@@ -254,7 +282,7 @@ def create_shard_actors(
                 options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(group, shard)
             actor_class = remote_class.options(**options)
             actors.append(_start(actor_class, dict(tables), shard, num_shards, block_rows))
-        node_ids = _wait_until_started(actors, bundle, deadline, timeout_s)
+        described = _wait_until_started(actors, bundle, deadline, timeout_s)
     except Exception as error:
         destroy_shard_actors(ShardHandles(tuple(actors), tables, placement_group=group))
         if isinstance(error, ActorAlreadyExistsError):
@@ -266,7 +294,19 @@ def create_shard_actors(
                 remedy="Stop the other one, or wait until it ended, or take another name.",
             ) from error
         raise
-    return ShardHandles(tuple(actors), dict(tables), node_ids, group)
+    return _handles(actors, described, group)
+
+
+def _handles(
+    actors: Sequence[Any], described: Sequence[CacheDescription], placement_group: Any = None
+) -> ShardHandles:
+    return ShardHandles(
+        tuple(actors),
+        described[0].tables,
+        tuple(description.node_id for description in described),
+        tuple(description.socket for description in described),
+        placement_group,
+    )
 
 
 def _start(actor_class: Any, *args: object) -> Any:
@@ -314,8 +354,7 @@ def find_shard_actors(
         except ValueError as error:
             raise _lost_shard(name, shard, error) from error
     described = _answers("describe", actors, name, deadline)
-    node_ids = tuple(description.node_id for description in described)
-    return ShardHandles(tuple(actors), description.tables, node_ids)
+    return _handles(actors, described)
 
 
 def is_alive(name: str, namespace: str | None = None) -> bool:
@@ -338,11 +377,12 @@ def destroy_shard_actors(handles: ShardHandles) -> None:
 class RayTransport:
     """Calls shard actors, from any worker or driver of their cluster; several threads may.
 
-    Between it and a shard on the same node, rows go through shared memory; else they are sent.
+    Between it and a shard on the same node, rows go through shared memory, and what is said about
+    them through a local socket; else Ray sends them. Everything else goes through Ray.
 
     Args:
         handles: of ``create_shard_actors``.
-        shared_memory: True tries it with every shard, False with none; None with those on this
+        shared_memory: True tries both with every shard, False with none; None with those on this
             node. Where a shard cannot map the memory, rows are sent after all.
     """
 
@@ -354,6 +394,11 @@ class RayTransport:
         self._pools = {shard: BufferPool(SharedBuffer) for shard in shards if is_possible}
         self._shared_answers = BufferPool(SharedBuffer)
         self._private_answers = BufferPool(PrivateBuffer)
+        self._sockets = {
+            shard: SocketClient(name)
+            for shard, name in enumerate(handles.sockets)
+            if shard in self._pools and name is not None
+        }
 
     @property
     def tables(self) -> Mapping[str, TableSpec]:
@@ -381,19 +426,16 @@ class RayTransport:
         """The replies in the order of ``pendings``; returns early when one of them is an error."""
         deadline = time.monotonic() + timeout_s
         calls = [cast(_Call, pending.token) for pending in pendings]
-        waiting = {call.ref: call for call in calls if call.reply is None}
+        waiting = [call for call in calls if call.reply is None]
         # An answer that is an error must not wait for answers that may never come, so they are
         # taken as they arrive.
         while waiting and not any(call.reply and call.reply.error for call in calls):
-            remaining_s = max(0.0, deadline - time.monotonic())
-            ready, _ = ray.wait(list(waiting), timeout=remaining_s)
+            ready = _wait_for_any(waiting, max(0.0, deadline - time.monotonic()))
             if not ready:
                 break
-            for ref in ready:
-                call = waiting.pop(ref)
-                self._take_answer(call, deadline)
-                if call.reply is None and call.ref != ref:
-                    waiting[call.ref] = call
+            for call in ready:
+                if self._take_answer(call, deadline):
+                    waiting.remove(call)
         missing = TimeoutError()
         return [call.reply or Reply(call.shard, error=missing) for call in calls]
 
@@ -401,48 +443,76 @@ class RayTransport:
         """Forgets the handles; the actors belong to whoever created them."""
         self._actors = ()
         self._pools = {}
+        self._sockets = {}
 
     def _send(self, shard: int, method: str, *args: Any) -> _Call:
         call = _Call(shard, method, args)
+        self._begin(call)
+        return call
+
+    def _begin(self, call: _Call) -> None:
+        """Sends a call, or sends it anew."""
+        method, args = call.method, call.args
+        call.direct = call.write = None
+        message = self._share(call)
+        call.is_shared = message is not None
+        if message is not None:
+            if self._send_directly(call, message):
+                return
+            method, args = _SHARED[method], (message, *args[1:])
+        elif method == "fetch":
+            args = (replace(args[0], into=None), *args[1:])
         try:
-            message = self._share(call) if shard in self._pools else None
-            if message is not None:
-                method, args = _SHARED[method], (message, *args[1:])
-            elif method == "fetch":
-                args = (replace(args[0], into=None), *args[1:])
-            call.is_shared = message is not None
-            call.ref = getattr(self._actors[shard], method).remote(*args)
+            call.ref = getattr(self._actors[call.shard], method).remote(*args)
         except RayActorError as error:
             # Ray raises at once for an actor that it already knows to be dead.
-            call.reply = Reply(shard, error=_lost(error))
-        return call
+            call.reply = Reply(call.shard, error=_lost(error))
+
+    def _send_directly(self, call: _Call, message: SharedFetchRequest | SharedWriteBatch) -> bool:
+        """Whether the call went through a local socket."""
+        client = self._sockets.get(call.shard)
+        if client is not None:
+            wait_s = call.args[1]
+            call.direct = client.call(to_fields(message, wait_s))
+        return call.direct is not None
 
     def _share(self, call: _Call) -> SharedFetchRequest | SharedWriteBatch | None:
         """The call's message in shared memory; None where it is to be sent."""
+        pool = self._pools.get(call.shard)
+        if pool is None:
+            return None
         if call.method == "fetch":
             return SharedFetchRequest.of(call.args[0])
         if call.method == "write":
             # Else the system has no memory of this kind left to give.
             with suppress(OSError):
-                call.write = share(self._pools[call.shard], self._tables, call.args[0])
+                call.write = share(pool, self._tables, call.args[0])
         return None if call.write is None else call.write.message
 
-    def _take_answer(self, call: _Call, deadline: float) -> None:
-        """Sets the reply of a call that has its answer; or sends the call anew."""
-        reply = _reply(call.shard, call.ref, deadline)
+    def _take_answer(self, call: _Call, deadline: float) -> bool:
+        """Sets the reply of a call that has its answer; or sends the call anew. Whether there is
+        nothing more to wait for.
+        """
+        if call.direct is None:
+            reply = _reply(call.shard, call.ref, deadline)
+        elif (answer := call.direct.take()) is not None:
+            reply = Reply(call.shard, answer.value, answer.error)
+        else:
+            # As a rule the shard died: Ray knows, and knows why.
+            self._sockets.pop(call.shard, None)
+            self._begin(call)
+            return call.reply is not None
         if reply.is_missing:
-            return
-        if reply.error is not None:
-            call.reply = reply
-        elif call.is_shared and not reply.value:
+            return True
+        if reply.error is None and call.is_shared and not reply.value:
             # One node of Ray need not be one system: two containers may make one.
             self._pools.pop(call.shard, None)
-            again = self._send(call.shard, call.method, *call.args)
-            call.ref, call.reply, call.is_shared = again.ref, again.reply, again.is_shared
-        else:
-            call.reply = self._answer_of(call, reply)
+            self._begin(call)
+            return call.reply is not None
+        call.reply = reply if reply.error else self._answer_of(call, reply)
         # A buffer of a write whose answer was not taken is not used again.
         call.write = None
+        return True
 
     def _answer_of(self, call: _Call, reply: Reply) -> Reply:
         if call.method == "fetch" and (part := call.args[0].into) is not None:
@@ -454,12 +524,13 @@ class RayTransport:
         return reply
 
 
-@dataclass
+@dataclass(eq=False)
 class _Call:
     """A call under way.
 
     Attributes:
-        ref: Ray's handle.
+        direct: where it went through a local socket,
+        ref: else Ray's handle.
         reply: how it ended.
         is_shared: whether its arrays lie in shared memory,
         write: a write's in this.
@@ -468,10 +539,29 @@ class _Call:
     shard: int
     method: str
     args: tuple[Any, ...]
+    direct: SocketCall | None = None
     ref: Any = None
     reply: Reply | None = None
     is_shared: bool = False
     write: SharedWrite | None = None
+
+
+def _wait_for_any(calls: Sequence[_Call], timeout_s: float) -> list[_Call]:
+    """The calls that have an answer; waits for the first of them."""
+    deadline = time.monotonic() + timeout_s
+    direct = {call.direct: call for call in calls if call.direct is not None}
+    by_ref = {call.ref: call for call in calls if call.direct is None}
+    ready: list[_Call] = []
+    while True:
+        remaining_s = max(0.0, deadline - time.monotonic())
+        if direct:
+            limit_s = min(remaining_s, _LOOK_AT_RAY_S) if by_ref else remaining_s
+            ready += [direct[answered] for answered in wait_for_answers(direct, limit_s)]
+        if by_ref:
+            refs, _ = ray.wait(list(by_ref), timeout=0 if direct else remaining_s)
+            ready += [by_ref[ref] for ref in refs]
+        if ready or not remaining_s:
+            return ready
 
 
 def _shards_on_this_node(handles: ShardHandles) -> Sequence[int]:
@@ -505,8 +595,8 @@ def _lost(error: Exception) -> ConnectionError:
 
 def _wait_until_started(
     actors: Sequence[Any], bundle: Mapping[str, float], deadline: float, timeout_s: float
-) -> tuple[str, ...]:
-    """Returns the node of each."""
+) -> list[CacheDescription]:
+    """Returns what each of them says."""
     transport = RayTransport(ShardHandles(tuple(actors), {}))
     pendings = [transport.submit(shard, "describe") for shard in range(transport.num_shards)]
     replies = transport.wait(pendings, max(0.0, deadline - time.monotonic()))
@@ -527,7 +617,7 @@ def _wait_until_started(
             expected=f"nodes with {dict(bundle) or 'no reserved resources'} free for each shard",
             remedy="Add nodes, reserve less, or raise the time-out.",
         )
-    return tuple(reply.value.node_id for reply in replies)
+    return [reply.value for reply in replies]
 
 
 def _actor_name(name: str, shard: int) -> str:

@@ -1,17 +1,21 @@
 """Fetches and writes whose arrays lie in a buffer of ``shared_memory.py``; only sizes are sent.
 
-Client and shard compute the same layout from the sizes, as in ``answer.py``.
+Client and shard compute the same layout from the sizes, as in ``answer.py``. Ray sends them as they
+are, a local socket as JSON.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cache_server.answer import Answer, ClientAnswer, Field, Span
+from cache_server.errors import CacheError
 from cache_server.messages import FetchRequest, TableSpec, TableWrite, WriteBatch
 from cache_server.shared_memory import BufferAddress, BufferPool, SharedBuffer
 from cache_server.storage import stored_dtype
@@ -152,6 +156,68 @@ class WriteLayout:
         place.keys[...] = write.keys
         place.versions[...] = write.versions
         place.rows[...] = write.rows
+
+
+def to_fields(message: SharedFetchRequest | SharedWriteBatch, wait_s: float) -> list[Any]:
+    """A message, with the longest time it may wait, as JSON can hold it."""
+    buffer = message.buffer
+    fields = [
+        wait_s,
+        int(message.generation),
+        int(message.step),
+        [buffer.name, buffer.pid, buffer.fd, buffer.nbytes],
+    ]
+    if isinstance(message, SharedFetchRequest):
+        return ["fetch", *fields, dict(message.num_keys), dict(message.spans)]
+    return ["write", *fields, dict(message.num_rows)]
+
+
+def from_fields(fields: Any) -> tuple[SharedFetchRequest | SharedWriteBatch, float]:
+    """What ``to_fields`` was given. No size is larger than its buffer can hold.
+
+    Raises:
+        CacheError: it was given something else.
+    """
+    try:
+        kind, wait_s, generation, step, (name, *numbers), counts, *spans = fields
+        buffer = BufferAddress(_text(name), *(_whole(number) for number in numbers))
+        # A number for each key or row, at least.
+        most = buffer.nbytes // np.dtype(np.int64).itemsize
+        sizes = {table: _whole(count, 0, most) for table, count in counts.items()}
+        head = (_whole(generation, -(2**63)), _whole(step, -(2**63)))
+        if not 0 <= wait_s <= threading.TIMEOUT_MAX:
+            raise ValueError(f"a wait of {wait_s} s")
+        if kind == "write" and not spans:
+            return SharedWriteBatch(*head, sizes, buffer), wait_s
+        if kind == "fetch":
+            [by_table] = spans
+            checked = {table: _span(span, sizes[table]) for table, span in by_table.items()}
+            return SharedFetchRequest(*head, sizes, checked, buffer), wait_s
+        raise ValueError(f"kind {kind!r}")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CacheError(
+            "A shard got a message that it does not understand.",
+            got=f"{error}, in {fields!r}",
+            expected="a fetch or write in shared memory",
+            remedy="Use the same felrec-dist in the client and in the shards.",
+        ) from error
+
+
+def _text(value: Any) -> str:
+    if type(value) is not str:
+        raise ValueError(f"{value!r} is no text")
+    return value
+
+
+def _whole(value: Any, least: int = 0, most: int = 2**63 - 1) -> int:
+    if type(value) is not int or not least <= value <= most:
+        raise ValueError(f"{value!r} is no whole number from {least} to {most}")
+    return value
+
+
+def _span(value: Any, size: int) -> Span:
+    start, stop = value
+    return _whole(start, 0, _whole(stop, 0, size)), stop
 
 
 def _fits(write: TableWrite, spec: TableSpec) -> bool:

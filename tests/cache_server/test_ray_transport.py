@@ -255,7 +255,10 @@ def test_named_shards_are_found_again_and_only_while_they_live(session: None) ->
     wait_until_ended("found")
 
 
-def test_a_taken_name_is_refused_and_nothing_is_left(session: None) -> None:
+def test_a_taken_name_is_refused_and_nothing_is_left(
+    session: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cache_server.ray_transport._NAME_TIMEOUT_S", 1.0)
     handles = create_shard_actors(TABLES, 2, name="taken", namespace="tests", fetch_threads=1)
     with pytest.raises(CacheError, match=r"this name is alive(?s:.*)tests(?s:.*)got: taken"):
         create_shard_actors(TABLES, 1, name="taken", namespace="tests")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from cache_server.answer import ClientAnswer
+from cache_server.errors import CacheError
 from cache_server.messages import FetchRequest, TableSpec, TableWrite, WriteBatch
 from cache_server.shard import CacheShard
 from cache_server.shared_memory import (
@@ -17,7 +20,14 @@ from cache_server.shared_memory import (
     PrivateBuffer,
     SharedBuffer,
 )
-from cache_server.shared_messages import SharedFetchRequest, SharedWrite, share
+from cache_server.shared_messages import (
+    SharedFetchRequest,
+    SharedWrite,
+    SharedWriteBatch,
+    from_fields,
+    share,
+    to_fields,
+)
 from cache_server.storage import STORAGE_TYPES, stored_dtype
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memfd is of Linux")
@@ -135,3 +145,81 @@ def test_what_a_shard_refuses_and_what_is_empty_is_sent() -> None:
             assert share(pool, specs, WriteBatch(0, 0, {name: write})) is None
     assert share(pool, specs, WriteBatch(0, 0)) is None
     assert share(pool, specs, WriteBatch(0, 0, {"item": TableWrite(none, none, row[:0])})) is None
+
+
+ADDRESS = BufferAddress("felrec-rows-" + "0" * 32, 2**22, 9, 8 * 50)
+FETCH = SharedFetchRequest(
+    3, 7, {"item": 50, "\ud83d\n\x00": 0}, {"item": (0, 50), "\ud83d\n\x00": (0, 0)}, ADDRESS
+)
+WRITE = SharedWriteBatch(-1, 2**62, {"item": 1, "": 50}, ADDRESS)
+
+
+@pytest.mark.parametrize("message", [FETCH, replace(FETCH, spans={"item": (7, 8)}), WRITE])
+@pytest.mark.parametrize("wait_s", [0.0, 60.0, 12])
+def test_a_message_is_the_same_as_json(
+    message: SharedFetchRequest | SharedWriteBatch, wait_s: float
+) -> None:
+    got, got_s = from_fields(json.loads(json.dumps(to_fields(message, wait_s))))
+    assert got_s == wait_s
+    assert got == message
+
+
+def test_numbers_of_numpy_can_be_sent() -> None:
+    message = replace(WRITE, generation=np.int64(4), step=np.int32(5))  # type: ignore[arg-type]
+    assert from_fields(json.loads(json.dumps(to_fields(message, 1.0))))[0] == message
+
+
+FIELDS: list[Any] = to_fields(FETCH, 1.0)
+WRITE_FIELDS: list[Any] = to_fields(WRITE, 1.0)
+NO_COUNTS: list[object] = [[], {}, {"item": 51}, {"item": -1}, {"item": 1.0}, {"item": "1"}]
+
+
+def with_field(place: int, value: object, fields: list[Any] = FIELDS) -> list[Any]:
+    return [*fields[:place], value, *fields[place + 1 :]]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        None,
+        7,
+        {},
+        [],
+        "fetch",
+        FIELDS[:-1],
+        [*FIELDS, {}],
+        [*WRITE_FIELDS, {}],
+        with_field(0, "write"),
+        with_field(0, "fetch", WRITE_FIELDS),
+        with_field(0, "clear", WRITE_FIELDS),
+        *(with_field(1, wait_s) for wait_s in (-1, float("nan"), float("inf"), 1e300, "1", None)),
+        *(with_field(place, number) for place in (2, 3) for number in (2**63, 1.0, "1", True)),
+        *(
+            with_field(4, address)
+            for address in (
+                None,
+                ["name", 1, 2],
+                ["name", 1, 2, 3, 4],
+                [None, 1, 2, 3],
+                [["name"], 1, 2, 3],
+                ["name", "self", 2, 400],
+                ["name", 1, "../../x", 400],
+                ["name", 1, -2, 400],
+                ["name", 1, 2, 2**70],
+                ["name", 1, 2, 8 * 50 - 1],
+            )
+        ),
+        *(with_field(5, counts) for counts in NO_COUNTS),
+        with_field(5, {"item": 51}, WRITE_FIELDS),
+        with_field(5, {"item": -1}, WRITE_FIELDS),
+        *(
+            with_field(6, {"item": span})
+            for span in ([0, 51], [-1, 2], [3, 2], [0], [0, 1, 2], 5, ["0", "1"], [0.0, 1.0], None)
+        ),
+        with_field(6, {"other": [0, 0]}),
+        with_field(6, []),
+    ],
+)
+def test_what_is_no_message_is_refused(fields: object) -> None:
+    with pytest.raises(CacheError, match=r"does not understand(?s:.*)same felrec-dist"):
+        from_fields(fields)

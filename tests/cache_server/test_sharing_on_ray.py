@@ -1,5 +1,5 @@
-"""Rows through shared memory between clients and shard actors: who uses it, that no buffer serves
-two calls at once, and that nothing is left behind.
+"""Rows through shared memory between clients and shard actors, and calls through local sockets: who
+uses them, that no buffer serves two calls at once, and that nothing is left behind.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ import mmap
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import wait as wait_for_futures
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +22,11 @@ import pytest
 
 ray = pytest.importorskip("ray")
 
+from cache_server import local_socket  # noqa: E402
 from cache_server.client import CacheClient  # noqa: E402
 from cache_server.errors import CacheTimeoutError, ShardLostError  # noqa: E402
+from cache_server.hashing import shard_of  # noqa: E402
+from cache_server.local_socket import SocketClient  # noqa: E402
 from cache_server.messages import FetchedRows, TableSpec  # noqa: E402
 from cache_server.ray_transport import (  # noqa: E402
     RayTransport,
@@ -186,6 +191,163 @@ def test_writes_arrive_whoever_waits_for_them(session: None) -> None:
     destroy_shard_actors(handles)
 
 
+@pytest.fixture
+def direct_calls(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """What this process sends through local sockets, from now on."""
+    calls: list[object] = []
+    call = SocketClient.call
+
+    def watched(client: SocketClient, fields: object) -> object:
+        sent = call(client, fields)
+        calls.extend([fields] if sent is not None else [])
+        return sent
+
+    monkeypatch.setattr(SocketClient, "call", watched)
+    return calls
+
+
+def write_again(client: CacheClient) -> None:
+    """What is there already: nobody sees a difference."""
+    client.write_back(0, {"item": (KEYS, KEYS + 2000, rows_of(KEYS, "item"))})
+    client.flush()
+
+
+def test_calls_about_shared_rows_go_through_sockets(
+    filled: ShardHandles, direct_calls: list[object]
+) -> None:
+    num_shards = len(filled.actors)
+    client = CacheClient(RayTransport(filled), 20.0)
+    write_again(client)
+    assert np.array_equal(client.fetch(1, {"item": KEYS})["item"].rows, rows_of(KEYS, "item"))
+    assert len(direct_calls) == 2 * num_shards
+    client.stats()
+    elsewhere = dataclasses.replace(filled, node_ids=("elsewhere",) * num_shards)
+    for transport in (RayTransport(filled, shared_memory=False), RayTransport(elsewhere)):
+        write_again(CacheClient(transport, 20.0))
+        assert not is_shared(fetch_from_shard(transport))
+    assert len(direct_calls) == 2 * num_shards
+
+
+@pytest.mark.parametrize("name", [None, "felrec-shard-none"])
+def test_where_no_socket_is_to_be_had_the_calls_go_through_ray(
+    filled: ShardHandles, name: str | None, direct_calls: list[object]
+) -> None:
+    assert all(filled.sockets)
+    sockets = (name,) * len(filled.actors)
+    transport = RayTransport(dataclasses.replace(filled, sockets=sockets))
+    write_again(CacheClient(transport, 20.0))
+    assert is_shared(fetch_from_shard(transport))
+    assert direct_calls == []
+
+
+def test_a_connection_that_breaks_while_the_shard_lives_is_no_loss(
+    filled: ShardHandles, direct_calls: list[object]
+) -> None:
+    num_shards = len(filled.actors)
+    transport = RayTransport(filled)
+    client = CacheClient(transport, 20.0)
+    write_again(client)
+    for shard in transport._sockets.values():
+        for connection in shard._free:
+            local_socket._shut_down(connection.socket)
+    # Noticed when sending.
+    assert is_shared(fetch_from_shard(transport))
+    assert len(direct_calls) == num_shards
+    # Noticed when waiting, of a fetch and of a write.
+    keys = KEYS[shard_of(KEYS, num_shards) == 0]
+    answer = transport.new_answer({"item": keys.size})
+    answer.put_keys("item", keys, np.arange(keys.size))
+    request = answer.request(0, 1, {"item": (0, keys.size)})
+    client.write_back(0, {"item": (KEYS, KEYS + 2000, rows_of(KEYS, "item"))})
+    pending = transport.submit(0, "fetch", request, 20.0)
+    assert len(direct_calls) == 2 * num_shards + 1
+    for call in [pending, *client._outstanding[0][1]]:
+        local_socket._shut_down(call.token.direct._connection.socket)  # type: ignore[attr-defined]
+    assert transport.wait([pending], 20.0)[0].error is None
+    assert np.array_equal(answer.take()["item"].rows, rows_of(keys, "item"))
+    client.flush()
+    assert is_shared(fetch_from_shard(transport))
+    assert len(direct_calls) == 2 * num_shards + 1, "it is not tried again"
+
+
+def test_one_shard_answers_directly_and_one_through_ray(session: None) -> None:
+    handles = create_shard_actors(TABLES, 2, fetch_threads=8)
+    fill(handles)
+    mixed = dataclasses.replace(handles, node_ids=(handles.node_ids[0], "elsewhere"))
+    reader, writer = CacheClient(RayTransport(mixed), 20.0), CacheClient(RayTransport(mixed), 20.0)
+    fetched = reader.fetch(1, {"item": KEYS, "user": KEYS[:7]})
+    assert np.array_equal(fetched["item"].rows, rows_of(KEYS, "item"))
+    assert np.array_equal(fetched["user"].rows, rows_of(KEYS[:7], "user"))
+    with ThreadPoolExecutor(1) as pool:
+        # Whoever is late, both are waited for.
+        for step, late in ((1, 0), (2, 1)):
+            fetch = pool.submit(reader.fetch, step + 1, {"item": KEYS})
+            writer.write_back(step, {}, shards=[1 - late])
+            assert not wait_for_futures([fetch], 0.2).done
+            writer.write_back(step, {}, shards=[late])
+            assert np.array_equal(fetch.result(20)["item"].rows, rows_of(KEYS, "item"))
+        # The one that is dead is heard while the other waits, whichever way it goes.
+        fetch = pool.submit(reader.fetch, 9, {"item": KEYS})
+        assert not wait_for_futures([fetch], 0.2).done
+        ray.kill(handles.actors[1])
+        with pytest.raises(ShardLostError, match="shard 1 of 2"):
+            fetch.result(15)
+    destroy_shard_actors(handles)
+
+
+def test_a_shard_that_is_stopped_is_named_and_goes_on(
+    session: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handles = create_shard_actors(TABLES, 1, fetch_threads=8)
+    fill(handles)
+    pid = process_of(handles)
+    transport = RayTransport(handles)
+    client, other = CacheClient(transport, 0.3), CacheClient(transport, 20.0)
+    client.fetch(1, {"item": KEYS})
+    with monkeypatch.context() as patch:
+        patch.setattr("cache_server.client._ANSWER_GRACE_S", 0.0)
+        patch.setattr("cache_server.client._FENCE_QUESTION_S", 0.3)
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            with pytest.raises(
+                CacheTimeoutError, match=r"fetch of step 1 was not answered(?s:.*)shard 0: does not"
+            ):
+                client.fetch(1, {"item": KEYS[:3]})
+            write = {"user": (KEYS, KEYS + 9000, rows_of(KEYS, "user"))}
+            other.write_back(1, write)
+        finally:
+            os.kill(pid, signal.SIGCONT)
+    other.flush()
+    fetched = other.fetch(2, {"item": KEYS, "user": KEYS})
+    for name in TABLES:
+        assert np.array_equal(fetched[name].rows, rows_of(KEYS, name))
+    destroy_shard_actors(handles)
+
+
+def test_a_shard_has_threads_for_those_who_are_there(session: None) -> None:
+    handles = create_shard_actors(TABLES, 1, fetch_threads=8)
+
+    def num_serving(_: object) -> int:
+        return sum(thread.name == "serves a client" for thread in threading.enumerate())
+
+    def serving() -> int:
+        return int(ray.get(handles.actors[0].__ray_call__.remote(num_serving), timeout=30))
+
+    fill(handles)
+    with CacheClient(RayTransport(handles), 20.0) as client:
+        client.fetch(1, {"item": KEYS})
+        with ThreadPoolExecutor(3) as pool:
+            fetches = [pool.submit(client.sibling().fetch, 2, {"item": KEYS}) for _ in range(3)]
+            wait_until(lambda: serving() == 3)
+            client.write_back(1, {"item": (KEYS, KEYS + 2000, rows_of(KEYS, "item"))})
+            for fetch in fetches:
+                assert fetch.result(20)["item"].found.all()
+        del fetch, fetches
+        assert serving() == 4
+    wait_until(lambda: serving() == 0)
+    destroy_shard_actors(handles)
+
+
 class Worker:
     """A client in a process of its own."""
 
@@ -199,7 +361,7 @@ def test_nothing_is_left_of_a_killed_client_or_shard(session: None) -> None:
     files = set(os.listdir("/dev/shm"))
     handles = create_shard_actors(TABLES, 1, fetch_threads=2)
     fill(handles)
-    shard_pid = ray.get(handles.actors[0].__ray_call__.remote(lambda _: os.getpid()), timeout=30)
+    shard_pid = process_of(handles)
     worker = ray.remote(num_cpus=0, max_restarts=0)(Worker).remote()
     worker_pid = ray.get(worker.fetch.remote(handles), timeout=30)
     names = buffers_in(worker_pid)
@@ -215,14 +377,24 @@ def test_nothing_is_left_of_a_killed_client_or_shard(session: None) -> None:
     assert len(names) == 1
     assert names <= buffers_in(os.getpid())
 
-    os.kill(shard_pid, signal.SIGKILL)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(client.sibling().fetch, 2, {"item": KEYS})
+        assert not wait_for_futures([waiting], 0.2).done
+        os.kill(shard_pid, signal.SIGKILL)
+        with pytest.raises(ShardLostError, match="shard 0 of 1"):
+            waiting.result(15)
     with pytest.raises(ShardLostError, match="shard 0 of 1"):
         client.fetch(1, {"item": KEYS})
     assert np.array_equal(fetched["item"].rows, rows_of(KEYS, "item")), "ours until we let go"
-    del fetched, client
+    del fetched, client, waiting
     gc.collect()
     assert not names & buffers_in(os.getpid())
     assert not any("felrec" in name for name in set(os.listdir("/dev/shm")) - files)
+
+
+def process_of(handles: ShardHandles) -> int:
+    """The process of the first shard."""
+    return int(ray.get(handles.actors[0].__ray_call__.remote(lambda _: os.getpid()), timeout=30))
 
 
 def buffers_in(pid: int) -> set[str]:

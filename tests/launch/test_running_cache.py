@@ -100,6 +100,7 @@ def test_one_folder_has_one_run(
     config = tiny.experiment("none", str(tmp_path / "run"), {"cache": {"num_shards": 1}})
     other = tiny.experiment("none", str(tmp_path / "other"), {"cache": {"num_shards": 1}})
     calls = []
+    monkeypatch.setattr(on_ray, "OLD_SHARDS_TIMEOUT_S", 2.0)
 
     def train_again(shards: ShardHandles) -> None:
         where = re.escape(f"where: {config.run.url}")
