@@ -366,17 +366,30 @@ def test_a_killed_process_is_noticed_by_every_call() -> None:
         assert wait_for_answers([waiting], 0.05) == []
         os.kill(pid, signal.SIGKILL)
         assert answer_of(waiting) is None
-        # Over a connection that was there, and over none.
-        assert [client.call(0) for _ in range(3)] == [None] * 3
+        # Over a connection that was there, which may end a moment later, and over none.
+        for _ in range(3):
+            call = client.call(0)
+            assert call is None or answer_of(call) is None
 
 
 def test_a_stopped_process_is_waited_for_with_a_limit() -> None:
     with other_process() as (client, pid):
         assert answer_of(begin(client, 0)) == SocketAnswer(True)
-        os.kill(pid, signal.SIGSTOP)
+        stop(pid)
         # Over a connection that is there, and over new ones.
         calls = [begin(client, 0) for _ in range(3)]
         assert wait_for_answers(calls, 0.2) == []
         os.kill(pid, signal.SIGCONT)
         for call in calls:
             assert answer_of(call) == SocketAnswer(True)
+
+
+def stop(pid: int) -> None:
+    """Stops a process, and waits until every thread of it has stopped."""
+    os.kill(pid, signal.SIGSTOP)
+    wait_until(
+        lambda: all(
+            stat.read_text().rpartition(")")[2].split()[0] == "T"
+            for stat in Path(f"/proc/{pid}/task").glob("*/stat")
+        )
+    )

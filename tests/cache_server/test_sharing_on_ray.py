@@ -35,6 +35,7 @@ from cache_server.ray_transport import (  # noqa: E402
     destroy_shard_actors,
 )
 from cache_server.storage import Rows  # noqa: E402
+from tests.cache_server.test_local_socket import stop  # noqa: E402
 from tests.ray_sessions import ray_session  # noqa: E402
 
 pytestmark = [
@@ -307,8 +308,8 @@ def test_a_shard_that_is_stopped_is_named_and_goes_on(
     with monkeypatch.context() as patch:
         patch.setattr("cache_server.client._ANSWER_GRACE_S", 0.0)
         patch.setattr("cache_server.client._FENCE_QUESTION_S", 0.3)
-        os.kill(pid, signal.SIGSTOP)
         try:
+            stop(pid)
             with pytest.raises(
                 CacheTimeoutError, match=r"fetch of step 1 was not answered(?s:.*)shard 0: does not"
             ):
