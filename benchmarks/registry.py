@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.measure import Report
 
-NAMES = ("loader", "encoder", "step", "train", "evaluate", "workers")
+NAMES = ("loader", "encoder", "step", "end-to-end", "evaluate", "workers")
 # It measures shards, and knows no device.
 CACHE = "cache"
 
@@ -23,6 +23,6 @@ def names() -> tuple[str, ...]:
 
 def run(name: str, *, quick: bool, device: torch.device) -> Sequence[Report]:
     """Runs one benchmark."""
-    module = importlib.import_module(f"benchmarks.{name}")
+    module = importlib.import_module(f"benchmarks.{name.replace('-', '_')}")
     reports: Sequence[Report] = module.run(quick) if name == CACHE else module.run(quick, device)
     return reports

@@ -6,7 +6,7 @@ Shape legend: b events of this rank, B events of the batch, W ranks, d any width
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -27,7 +27,17 @@ class Exchange:
     def gather_batch(self, parts_bd: Sequence[Tensor], num_events: int) -> list[Tensor]:
         """Returns each part for the whole batch, (B, d) in event order, on all ranks.
 
-        It is one all-gather, whatever the number of parts.
+        Args:
+            parts_bd, num_events: of ``begin_gather``.
+        """
+        return self.begin_gather(parts_bd, num_events)()
+
+    def begin_gather(
+        self, parts_bd: Sequence[Tensor], num_events: int
+    ) -> Callable[[], list[Tensor]]:
+        """Sends this rank's parts, and returns at once a call that waits for ``gather_batch``.
+
+        It is one all-gather, whatever the number of parts; other collectives may come in between.
 
         Args:
             parts_bd: tensors of this rank's slice, (b, d) of one dtype.
@@ -36,20 +46,26 @@ class Exchange:
         """
         world_size = self.world.world_size
         if world_size == 1:
-            return list(parts_bd)
+            return lambda: list(parts_bd)
         bounds = [slice_bounds(num_events, rank, world_size) for rank in range(world_size)]
         longest = max(stop - start for start, stop in bounds)
         local = torch.cat(list(parts_bd), dim=1)
         # Collectives want equal shapes: the short slices of a last batch are padded.
         local = F.pad(local, (0, 0, 0, longest - len(local))).contiguous()
         gathered = local.new_empty(world_size * longest, local.shape[1])
-        dist.all_gather_into_tensor(gathered, local)
-        if world_size * longest != num_events:
-            by_rank = gathered.unflatten(0, (world_size, longest))
-            gathered = torch.cat(
-                [by_rank[rank, : stop - start] for rank, (start, stop) in enumerate(bounds)]
-            )
-        return list(gathered.split([part.shape[1] for part in parts_bd], dim=1))
+        work = dist.all_gather_into_tensor(gathered, local, async_op=True)
+
+        def wait() -> list[Tensor]:
+            work.wait()
+            whole = gathered
+            if world_size * longest != num_events:
+                by_rank = gathered.unflatten(0, (world_size, longest))
+                whole = torch.cat(
+                    [by_rank[rank, : stop - start] for rank, (start, stop) in enumerate(bounds)]
+                )
+            return list(whole.split([part.shape[1] for part in parts_bd], dim=1))
+
+        return wait
 
     def check_equal(self, state: Mapping[str, Tensor], *, where: str) -> None:
         """Compares a digest of the state over the ranks: what is meant to be equal must be.

@@ -54,6 +54,8 @@ class TrainingStep:
         with self.clock("encode"):
             keys_2B = dropout_keys(self.seed, epoch, mine.positions).to(self.world.device)
             output = self.forward(replace(inputs, dropout_keys_2B=keys_2B))
+        with self.clock("exchange"):
+            gathered = self.exchange.begin_gather(output.exchanged(), len(batch))
         with self.clock("backward"):
             self.optimizer.zero_grad()
             output.loss.backward()
@@ -62,9 +64,7 @@ class TrainingStep:
                 group["lr"] = learning_rate
             self.optimizer.step()
         with self.clock("exchange"):
-            user_BD, item_BD, *projections = self.exchange.gather_batch(
-                output.exchanged(), len(batch)
-            )
+            user_BD, item_BD, *projections = gathered()
         with self.clock("write_back"):
             self.representations.write_back(loaded.step, batch, user_BD, item_BD)
             self.model.push_queues(*projections)

@@ -55,7 +55,7 @@ def measure(work: Workload, quick: bool, device: torch.device) -> Report:
         for case, name in ((work.name, OURS), (f"{work.name}, bfloat16", BFLOAT16))
     ]
     setting = {"B": batch_size, "N": 64, "D": 128, "L": 3, "model": "felrec-q"}
-    return Report("train", setting, figures, ratios)
+    return Report("end-to-end", setting, figures, ratios)
 
 
 @contextmanager
