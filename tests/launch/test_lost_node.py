@@ -16,6 +16,7 @@ ray = pytest.importorskip("ray")
 from ray.cluster_utils import Cluster  # noqa: E402
 
 from cache_server.ray_transport import create_shard_actors  # noqa: E402
+from felrec_dist.config import ExperimentConfig  # noqa: E402
 from felrec_dist.training.checkpoint import CheckpointStore  # noqa: E402
 from launch import on_ray  # noqa: E402
 from tests.chaos.kills import KINDS, Lines, experiment, prepare_events, train  # noqa: E402
@@ -32,7 +33,9 @@ pytestmark = [
 ]
 
 
-NODE = {"num_cpus": 2, "object_store_memory": OBJECT_STORE_BYTES}
+# One worker and one shard, and no second of either.
+WORKER_CPUS, SHARD_CPUS = 2, 1
+NODE = {"num_cpus": WORKER_CPUS + SHARD_CPUS, "object_store_memory": OBJECT_STORE_BYTES}
 
 
 @pytest.fixture
@@ -43,7 +46,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     # The shards of so small an experiment would all stay with the driver.
-    spread = partial(create_shard_actors, num_cpus=1, placement_strategy="SPREAD")
+    spread = partial(create_shard_actors, num_cpus=SHARD_CPUS, placement_strategy="SPREAD")
     monkeypatch.setattr(on_ray, "create_shard_actors", spread)
     cluster = Cluster(
         initialize_head=True, head_node_args={**NODE, "num_cpus": 0, "include_dashboard": False}
@@ -60,8 +63,10 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 def test_a_lost_node_is_replaced(cluster: Any, tmp_path: Path) -> None:
     dataset = prepare_events(tmp_path, num_kills=6)
-    undisturbed = experiment(dataset.url, str(tmp_path / "undisturbed"))
-    config = experiment(dataset.url, str(tmp_path / "run"))
+    undisturbed, config = (
+        on_whole_nodes(experiment(dataset.url, str(tmp_path / name)))
+        for name in ("undisturbed", "run")
+    )
     said = Lines()
     store = CheckpointStore(config.run.url)
     train(undisturbed, timeout_s=TIMEOUT_S)
@@ -81,6 +86,11 @@ def test_a_lost_node_is_replaced(cluster: Any, tmp_path: Path) -> None:
     assert on_it == ["worker", "shard"]
     assert said.num_lost >= 1
     assert differences(undisturbed.run.url, config.run.url) == []
+
+
+def on_whole_nodes(config: ExperimentConfig) -> ExperimentConfig:
+    cluster = config.cluster.model_copy(update={"cpus_per_worker": float(WORKER_CPUS)})
+    return config.model_copy(update={"cluster": cluster})
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
