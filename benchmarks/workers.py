@@ -25,8 +25,9 @@ from felrec_dist.model.encoder import EncoderConfig
 from felrec_dist.training.representations import CacheConfig
 from felrec_dist.training.world import World
 
-BATCH_SIZE = 256
-WARMUPS, REPEATS = 1, 5
+BATCH_SIZE = 1024
+# Memory settles in a few steps.
+WARMUPS, REPEATS = 3, 5
 TIMEOUT_S = 300.0
 ONE, TWO = "1 worker", "2 workers"
 
