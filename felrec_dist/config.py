@@ -10,12 +10,21 @@ import os
 import re
 import reprlib
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import fsspec
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
+from cache_server import TableSpec
+from felrec_dist.baselines.config import (
+    BPRMFConfig,
+    GRU4RecBPTTConfig,
+    GRU4RecConfig,
+    JODIEConfig,
+    SASRecConfig,
+    TablesConfig,
+)
 from felrec_dist.errors import ConfigError
 from felrec_dist.evaluation.evaluator import EvaluationConfig
 from felrec_dist.model.felrec import ModelConfig
@@ -62,17 +71,42 @@ class ClusterConfig(Section):
     )
 
 
+AnyModel = (
+    ModelConfig | BPRMFConfig | SASRecConfig | GRU4RecConfig | GRU4RecBPTTConfig | JODIEConfig
+)
+
+
 class ExperimentConfig(Section):
     """An experiment, whole."""
 
     data: DataConfig
     run: RunConfig
-    model: ModelConfig = ModelConfig()
+    model: AnyModel = Field(ModelConfig(), discriminator="variant")
     cache: CacheConfig = CacheConfig()
+    tables: TablesConfig = TablesConfig()
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     cluster: ClusterConfig = ClusterConfig()
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _is_felrec_unless_said(cls, model: Any) -> Any:
+        is_unsaid = isinstance(model, dict) and "variant" not in model
+        return {**model, "variant": "felrec-q"} if is_unsaid else model
+
+    @property
+    def felrec(self) -> ModelConfig:
+        """The model, where it is known to be FELRec."""
+        assert isinstance(self.model, ModelConfig), self.model.variant
+        return self.model
+
+    def cache_tables(self) -> dict[str, TableSpec]:
+        """Returns the cache's tables: what the model keeps of users and items."""
+        return {
+            name: TableSpec(width=width, storage=self.cache.storage)
+            for name, width in self.model.cache_widths().items()
+        }
 
     @model_validator(mode="after")
     def _slices_are_equal(self) -> ExperimentConfig:
@@ -199,10 +233,10 @@ def _override(tree: dict[str, Any], override: str) -> None:
 
 def _explain(error: ValidationError, where: str) -> ConfigError:
     details = error.errors()[0]
-    location = details["loc"]
+    location, section = _place(details["loc"])
     path = ".".join(str(part) for part in location)
     if details["type"] == "extra_forbidden":
-        known = _known_keys(location[:-1])
+        known = list(section.model_fields)
         nearest = difflib.get_close_matches(str(location[-1]), known, n=1)
         return ConfigError(
             f"unknown config key {path}",
@@ -220,11 +254,28 @@ def _explain(error: ValidationError, where: str) -> ConfigError:
     )
 
 
-def _known_keys(location: Sequence[int | str]) -> list[str]:
+def _place(location: Sequence[int | str]) -> tuple[list[int | str], type[BaseModel]]:
+    """Returns the path of a key as it stands in the file, and the innermost section around it."""
+    path: list[int | str] = []
     section: type[BaseModel] = ExperimentConfig
-    for key in location:
-        section = section.model_fields[str(key)].annotation  # type: ignore[assignment]  # a Section
-    return list(section.model_fields)
+    choices: dict[str, type[BaseModel]] = {}
+    for part in location:
+        if part in choices:  # pydantic names the choice it has made, as one more key
+            section, choices = choices[str(part)], {}
+            continue
+        path.append(part)
+        field = section.model_fields.get(str(part))
+        if field is None:
+            continue
+        if field.discriminator:
+            choices = {
+                str(variant): choice
+                for choice in get_args(field.annotation)
+                for variant in get_args(choice.model_fields[field.discriminator].annotation)
+            }
+        elif isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            section = field.annotation
+    return path, section
 
 
 _SHORT = reprlib.Repr()

@@ -290,7 +290,7 @@ def open_saved_cache(url: str) -> SavedCache:
     config = parse_config(checkpoint.config, where=checkpoint.url)
     return SavedCache(
         source=checkpoint.url,
-        tables=config.cache.tables(config.model.encoder.width),
+        tables=config.cache_tables(),
         prefix=checkpoint.cache_prefix,
         parts=list(checkpoint.chain.parts),
     )

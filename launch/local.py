@@ -52,7 +52,7 @@ def evaluate(
 @contextmanager
 def _client(config: ExperimentConfig) -> Iterator[CacheClient]:
     transport = InProcessTransport(
-        config.cache.tables(config.model.encoder.width),
+        config.cache_tables(),
         num_shards=config.cache.num_shards,
         block_rows=config.cache.block_rows,
         can_wait=True,

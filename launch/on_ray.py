@@ -174,7 +174,7 @@ def _attempt(
     with starting_workers(config.cluster, pause) as workers:
         # While the workers start, too.
         shards = create_shard_actors(
-            config.cache.tables(config.model.encoder.width),
+            config.cache_tables(),
             num_shards=config.cache.num_shards,
             block_rows=config.cache.block_rows,
             name=cache_name(config.run.url) if job.checkpoint_url is None else None,

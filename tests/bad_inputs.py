@@ -457,7 +457,7 @@ CONFIG_CASES = [
         nothing,
         (*BEGIN, "model.queue_size=100000000000000"),
         TrainingError,
-        facts("more memory | PLACE/new | allocate | queue_size = 1000 | smaller"),
+        facts("more memory | PLACE/new | allocate | 'queue_size': 1000 | smaller"),
     ),
     Case(
         "config: more negatives than memory",
@@ -1013,7 +1013,7 @@ CHECKPOINT_CASES = [
     checkpoint_case(
         "another version",
         edit(f"{LAST}/manifest.json", lambda m: m.update(version=9), seal=True),
-        f"another version | PLACE/{LAST} | 9 | 2 | the felrec-dist that wrote it",
+        f"another version | PLACE/{LAST} | 9 | 3 | the felrec-dist that wrote it",
     ),
     checkpoint_case(
         "no manifest",

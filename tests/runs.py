@@ -40,7 +40,7 @@ def differences(first: str | Path, second: str | Path) -> list[str]:
 def cache_digests(checkpoint: Checkpoint) -> dict[str, tuple[int, int]]:
     """Returns rows and digest of each table, of the whole chain."""
     config = parse_config(checkpoint.config, where=checkpoint.url)
-    tables = config.cache.tables(config.model.encoder.width)
+    tables = config.cache_tables()
     contents = snapshot_contents(checkpoint.cache_prefix, checkpoint.chain.parts, tables)
     return {name: (table.total_rows, table.digest) for name, table in contents.items()}
 
@@ -53,7 +53,7 @@ def _of_checkpoints(which: str, a: Checkpoint, b: Checkpoint) -> list[str]:
         found.append(f"{which} validation metrics")
     found += _of_tensors(f"{which} model", a.model, b.model)
     found += _of_tensors(f"{which} optimizer", a.optimizer, b.optimizer)
-    found += _of_tensors(f"{which} losses", {"n2": a.losses_n2}, {"n2": b.losses_n2})
+    found += _of_tensors(f"{which} losses", {"nk": a.losses_nk}, {"nk": b.losses_nk})
     if (caches := (cache_digests(a), cache_digests(b)))[0] != caches[1]:
         found.append(f"{which} cache: {caches[0]}, {caches[1]}")
     return found

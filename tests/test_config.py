@@ -48,10 +48,10 @@ def test_every_config_of_the_folder_loads(path: Path) -> None:
 
 def test_defaults_are_those_of_the_paper() -> None:
     config = parse_config(MINIMAL, where="test")
-    encoder, schedule = config.model.encoder, config.training.schedule
+    encoder, schedule = config.felrec.encoder, config.training.schedule
     assert (encoder.history_length, encoder.width, encoder.feedforward_width) == (64, 128, 256)
     assert (encoder.num_layers, encoder.num_heads, encoder.dropout) == (3, 4, 0.1)
-    assert (config.model.queue_size, config.model.temperature) == (8192, 0.07)
+    assert (config.felrec.queue_size, config.felrec.temperature) == (8192, 0.07)
     assert (schedule.kind, schedule.base_lr, schedule.eta_min) == ("step", 0.01, 1e-7)
     assert (schedule.epochs, schedule.warmup_epochs) == (100, 10)
     assert (config.training.optimizer, config.training.momentum) == ("sgd", 0.9)
@@ -81,7 +81,10 @@ def test_defaults_are_those_of_the_paper() -> None:
         ({"data": [1]}, r"config value data breaks(.*\n)*.*valid dictionary"),
         ({"training": {"seed": -1}}, r"training\.seed breaks(.*\n)*  got: -1\n.*greater than"),
         ({"training": {"schedule": {"base_lr": float("nan")}}}, r"base_lr breaks(.*\n)*.*finite"),
-        ({"model": {"variant": "felrec-x"}}, r"variant(.*\n)*.*'felrec-q' or 'felrec-p'"),
+        (
+            {"model": {"variant": "felrec-x"}},
+            r"config value model(.*\n)*.*'felrec-q', 'felrec-p', 'bpr-mf'",
+        ),
         ({"cache": {"num_shards": 4097}}, r"num_shards breaks(.*\n)*  got: 4097"),
         (
             {"model": {"encoder": {"width": 8, "num_heads": 3}}},
@@ -145,7 +148,7 @@ def test_overrides_are_laid_over_the_file(file: Path) -> None:
         ],
     )
     assert (config.training.schedule.epochs, config.training.schedule.warmup_epochs) == (3, 0)
-    encoder = config.model.encoder
+    encoder = config.felrec.encoder
     assert (encoder.width, encoder.num_heads, encoder.num_layers) == (8, 2, 1)
     assert config.run.url == "memory://a=b"
     assert config.training.seed == 2, "the last one counts"

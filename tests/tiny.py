@@ -15,6 +15,7 @@ from felrec_dist.config import ExperimentConfig, parse_config
 from felrec_dist.data.dataset import PreparedDataset
 from felrec_dist.data.prepare import prepare
 from felrec_dist.data.sources import RawSource
+from felrec_dist.training.felrec import FELRecTraining
 from felrec_dist.training.trainer import Progress, Trainer
 from felrec_dist.training.world import World
 
@@ -78,7 +79,7 @@ def experiment(
 def build_client(config: ExperimentConfig) -> CacheClient:
     """An empty cache in this process."""
     transport = InProcessTransport(
-        config.cache.tables(config.model.encoder.width),
+        config.cache_tables(),
         num_shards=config.cache.num_shards,
         block_rows=config.cache.block_rows,
         can_wait=True,
@@ -94,3 +95,9 @@ def build_trainer(
 ) -> Trainer:
     """A trainer of one rank with a cache of its own."""
     return Trainer(config, dataset, build_client(config), World.current(), progress, should_stop)
+
+
+def felrec_of(trainer: Trainer) -> FELRecTraining:
+    """What a trainer trains, where it is FELRec."""
+    assert isinstance(trainer.recommender, FELRecTraining)
+    return trainer.recommender

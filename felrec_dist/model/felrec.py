@@ -47,6 +47,10 @@ class ModelConfig(Section):
         "zero", description="what an id reads as that the cache has never seen"
     )
 
+    def cache_widths(self) -> dict[str, int]:
+        """Returns the width of the rows kept of each side."""
+        return dict.fromkeys(("user", "item"), self.encoder.width)
+
 
 @dataclass(frozen=True)
 class EncoderInputs:

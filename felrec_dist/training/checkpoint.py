@@ -6,13 +6,14 @@
                           model.safetensors          parameters, queues, running statistics
                           optimizer.safetensors      momentum of each parameter
                           losses.safetensors         of the epoch's steps
+                          tables-00000.safetensors   a rank's rows of the sharded tables
                           cache/*.arrow              a snapshot of each shard and table
                           manifest.json              written last: it makes the rest valid
                       epoch-0004-step-00000200/      after 200 training steps of the next epoch
 
-The manifest lists size and SHA-256 of each dense file and the parts of the snapshot, and holds the
-config, the digest of the data set, the position of the run, the metrics of all validations, and a
-SHA-256 of itself. Within an epoch a snapshot may hold only what was written since the cut before:
+The manifest lists size and SHA-256 of each of these files and the parts of the snapshot, and holds
+the config, the digest of the data set, the position of the run, the metrics of all validations, and
+a SHA-256 of itself. Within an epoch a snapshot may hold only what was written since the cut before:
 then the manifest also names the parts of earlier checkpoints that it goes on from, and they stay as
 long as it does. Random states are not stored because there are none: dropout is a function of the
 event. Nothing is pickled.
@@ -42,12 +43,13 @@ from felrec_dist.section import Section
 from felrec_dist.storage import exists, json_sha256, write_whole
 
 FORMAT = "felrec-dist checkpoint"
-VERSION = 2
+VERSION = 3
 MANIFEST = "manifest.json"
 CACHE_FOLDER = "cache"
 DENSE_FILES = ("model.safetensors", "optimizer.safetensors", "losses.safetensors")
 _FOLDER = re.compile(r"epoch-(\d{4,})(?:-step-(\d{8,}))?")
 _PART = re.compile(r"[\w.-]+/cache/[\w.-]+")
+_TABLES = re.compile(r"tables-\d{5,}\.safetensors")
 _GO_BACK = "remove this checkpoint and go back to an earlier one"
 
 # A chain's deltas hold at most as many rows as its full snapshot, and its files stay few to open.
@@ -133,6 +135,22 @@ class SnapshotChain:
 
 
 @dataclass(frozen=True)
+class TablePart:
+    """Some rows of the sharded tables, as one rank wrote them: safetensors.
+
+    Attributes:
+        path: in the checkpoint's folder.
+        first_rows: by table, the table's row that is the file's first.
+        bytes, sha256: of the file.
+    """
+
+    path: str
+    first_rows: dict[str, int]
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint, verified; the cache's rows stay in storage, and are verified when restored.
 
@@ -143,8 +161,9 @@ class Checkpoint:
         dataset_digest: of the data set.
         validation: metrics of each epoch's validation, as JSON.
         model, optimizer: by name.
-        losses_n2: of the epoch's n steps so far, user and item branch, float64.
+        losses_nk: of the epoch's n steps so far, float64.
         chain: the cache.
+        tables: the sharded tables; empty where there are none.
     """
 
     url: str
@@ -154,8 +173,9 @@ class Checkpoint:
     validation: list[Any]
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor]
-    losses_n2: Tensor
+    losses_nk: Tensor
     chain: SnapshotChain
+    tables: tuple[TablePart, ...]
 
     @property
     def cache_prefix(self) -> str:
@@ -165,7 +185,7 @@ class Checkpoint:
     @property
     def training_loss(self) -> float:
         """Mean total loss of the epoch's steps so far."""
-        return float(self.losses_n2.sum(dim=1).mean())
+        return float(self.losses_nk.sum(dim=1).mean())
 
 
 class CheckpointStore:
@@ -178,6 +198,10 @@ class CheckpointStore:
         """Returns the folder of the checkpoint taken after an epoch's validation."""
         return f"{self.url}/epoch-{epoch:04d}"
 
+    def url_of(self, position: RunPosition) -> str:
+        """Returns the folder of the checkpoint taken at a position."""
+        return f"{self.url}/{position.name}"
+
     def begin(self, position: RunPosition) -> str:
         """Clears what a killed run may have left of this checkpoint and returns its folder.
 
@@ -186,7 +210,7 @@ class CheckpointStore:
         Raises:
             StorageError: the folder cannot be made.
         """
-        url = f"{self.url}/{position.name}"
+        url = self.url_of(position)
         with storage_errors("a checkpoint cannot be begun", url):
             fs, path = fsspec.core.url_to_fs(url)
             if exists(fs, path):
@@ -203,18 +227,19 @@ class CheckpointStore:
         validation: Sequence[Any],
         tensors: Mapping[str, Mapping[str, Tensor]],
         chain: SnapshotChain,
+        tables: Sequence[TablePart],
     ) -> None:
         """Writes the dense state, then the manifest.
 
         Args:
             position: of ``begin``.
-            config, dataset_digest, validation, chain: as in ``Checkpoint``.
+            config, dataset_digest, validation, chain, tables: as in ``Checkpoint``.
             tensors: of ``model``, ``optimizer`` and ``losses``.
 
         Raises:
             StorageError: a file cannot be written; there is no such checkpoint then.
         """
-        url = f"{self.url}/{position.name}"
+        url = self.url_of(position)
         files = []
         for name, by_name in tensors.items():
             content = safetensors.torch.save(
@@ -236,6 +261,7 @@ class CheckpointStore:
                 asdict(part) | {"path": posixpath.relpath(part.path, position.name)}
                 for part in chain.parts
             ],
+            "tables": [asdict(part) for part in tables],
         }
         manifest["sha256"] = json_sha256(manifest)
         content = json.dumps(manifest, indent=1).encode()
@@ -317,13 +343,53 @@ def read_checkpoint(url: str, *, with_dense: bool = True) -> Checkpoint:
             validation=manifest["validation"],
             model=dense["model.safetensors"] if with_dense else {},
             optimizer=dense["optimizer.safetensors"] if with_dense else {},
-            losses_n2=dense["losses.safetensors"]["losses_n2"] if with_dense else torch.empty(0, 2),
+            losses_nk=dense["losses.safetensors"]["losses_nk"] if with_dense else torch.empty(0, 1),
             chain=_chain(manifest, url.rpartition("/")[2]),
+            tables=tuple(_table_part(part) for part in manifest["tables"]),
         )
     except CheckpointError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise _damaged_manifest(url, f"{type(error).__name__}: {error}") from error
+
+
+def write_table_part(
+    url: str, rank: int, rows: Mapping[str, Tensor], first_rows: Mapping[str, int]
+) -> TablePart:
+    """Writes this rank's rows of the sharded tables into a checkpoint's folder.
+
+    Args:
+        url: the folder, that ``CheckpointStore.begin`` made.
+        rank: of this process.
+        rows: tensors of equally many rows for each table, as ``<table>`` and ``<table>:<state>``.
+        first_rows: by table, which of its rows is the first here.
+
+    Raises:
+        StorageError: the file cannot be written.
+    """
+    content = safetensors.torch.save(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in rows.items()}
+    )
+    path = f"tables-{rank:05d}.safetensors"
+    write_whole(f"{url}/{path}", content, "a checkpoint cannot be written")
+    return TablePart(path, dict(first_rows), len(content), hashlib.sha256(content).hexdigest())
+
+
+def read_table_part(checkpoint_url: str, part: TablePart) -> dict[str, Tensor]:
+    """Returns what ``write_table_part`` was given, verified.
+
+    Raises:
+        CheckpointError: the file is missing or differs from what the manifest says.
+    """
+    fs, path = fsspec.core.url_to_fs(checkpoint_url)
+    return _read_dense(fs, path, checkpoint_url, asdict(part))
+
+
+def _table_part(facts: Mapping[str, Any]) -> TablePart:
+    # A manifest must not lead out of its folder.
+    if not _TABLES.fullmatch(facts["path"]):
+        raise KeyError(f"table part {facts['path']!r}")
+    return TablePart(**facts)
 
 
 def _read_manifest(url: str) -> dict[str, Any]:

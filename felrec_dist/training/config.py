@@ -20,7 +20,10 @@ class TrainingConfig(Section):
     schedule: ScheduleConfig = ScheduleConfig()
     optimizer: Literal["sgd", "adam"] = "sgd"
     momentum: float = Field(0.9, ge=0.0, lt=1.0, description="SGD only")
-    grad_clip_value: float = Field(1.0, gt=0.0, description="each gradient element is clipped")
+    weight_decay: float = Field(0.0, ge=0.0, description="L2, added to the gradient")
+    grad_clip_value: float | None = Field(
+        1.0, gt=0.0, description="each gradient element is clipped; null for none"
+    )
     seed: int = Field(
         0, ge=0, lt=2**63, description="of the initial weights and queues, and of dropout"
     )
@@ -42,5 +45,12 @@ class TrainingConfig(Section):
     def build_optimizer(self, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
         """Returns the optimizer; each step sets its learning rate from the schedule."""
         if self.optimizer == "adam":
-            return torch.optim.Adam(parameters, lr=self.schedule.base_lr)
-        return torch.optim.SGD(parameters, lr=self.schedule.base_lr, momentum=self.momentum)
+            return torch.optim.Adam(
+                parameters, lr=self.schedule.base_lr, weight_decay=self.weight_decay
+            )
+        return torch.optim.SGD(
+            parameters,
+            lr=self.schedule.base_lr,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+        )

@@ -32,14 +32,23 @@ class LoadedBatch:
         batch: the events of all ranks.
         mine: this rank's slice of them.
         rows: those that its histories name.
-        next_position: where the stream stands after it.
+        next_position: the stream's after it.
     """
 
     step: int
     batch: EventBatch
     mine: EventBatch
     rows: PlannedRows
-    next_position: StreamPosition
+    next_position: int
+
+    @property
+    def num_events(self) -> int:
+        return len(self.batch)
+
+    @property
+    def events(self) -> str:
+        first = self.batch.first_position
+        return f"events at positions {first} to {first + len(self.batch) - 1}"
 
 
 class BatchLoader:
@@ -114,7 +123,7 @@ class BatchLoader:
             items_of_users, users_of_items = self.histories.read(mine)
         with self.clock("fetch"):
             rows = self.representations.plan(step, mine, items_of_users, users_of_items)
-        return LoadedBatch(step, batch, mine, rows, next_position)
+        return LoadedBatch(step, batch, mine, rows, next_position.next_position)
 
 
 def _until_end(ready: queue.Queue[LoadedBatch | BaseException | None]) -> Iterator[LoadedBatch]:

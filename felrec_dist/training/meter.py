@@ -3,38 +3,33 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from felrec_dist.data.stream import EventBatch
 from felrec_dist.errors import NonFiniteLossError
-from felrec_dist.model.felrec import FELRec, ModelOutput
-from felrec_dist.training.clock import PhaseClock
 from felrec_dist.training.exchange import Exchange
 from felrec_dist.training.metrics import RunLog
-from felrec_dist.training.representations import Representations
+from felrec_dist.training.recommender import Recommender, TrainingBatch
 
 
-@dataclass(frozen=True)
 class EpochLosses:
-    """The whole batch's losses of each step of an epoch, equal on all ranks.
+    """The whole batch's losses of each step of an epoch, equal on all ranks."""
 
-    Both are (steps,) float64.
-    """
-
-    user: npt.NDArray[np.float64]
-    item: npt.NDArray[np.float64]
+    def __init__(self, losses_nk: npt.NDArray[np.float64]) -> None:
+        """Takes (n, k) float64: n steps, the k losses of ``Recommender.loss_names``."""
+        self.losses_nk = losses_nk
 
     def __len__(self) -> int:
-        return len(self.user)
+        return len(self.losses_nk)
 
     @property
     def total(self) -> npt.NDArray[np.float64]:
-        return self.user + self.item
+        """(n,) sums of each step's losses."""
+        return np.asarray(self.losses_nk.sum(axis=1))
 
 
 class StepMeter:
@@ -47,11 +42,8 @@ class StepMeter:
     def __init__(
         self,
         *,
-        model: FELRec,
+        recommender: Recommender[Any],
         exchange: Exchange,
-        representations: Representations,
-        clock: PhaseClock,
-        loader_clock: PhaseClock,
         log: RunLog,
         epoch: int,
         first_global_step: int,
@@ -59,34 +51,31 @@ class StepMeter:
     ) -> None:
         """
         Args:
-            model, exchange, representations, clock, loader_clock: of the run.
+            recommender, exchange: of the run.
             log: takes what is read.
             epoch: for messages.
             first_global_step: training steps of all epochs before this one.
             done: losses of the steps that were done before the run was resumed.
         """
-        self.model = model
+        self.recommender = recommender
         self.exchange = exchange
-        self.representations = representations
-        self.clock = clock
-        self.loader_clock = loader_clock
         self.log = log
         self.epoch = epoch
         self.first_global_step = first_global_step
-        self.read_n2 = [] if done is None else [np.stack([done.user, done.item], axis=1)]
+        self.read_nk = [] if done is None else [done.losses_nk]
         self.pending: list[Tensor] = []
         self.num_events = 0
-        self.batch: EventBatch | None = None
+        self.events: list[str] = []
         self.learning_rate = 0.0
         self.began = time.perf_counter()
-        clock.take()
-        loader_clock.take()
+        recommender.clock.take()
+        recommender.loader_clock.take()
 
-    def add(self, batch: EventBatch, output: ModelOutput, learning_rate: float) -> None:
+    def add(self, batch: TrainingBatch, losses_k: Tensor, learning_rate: float) -> None:
         """Takes this rank's part of a step."""
-        self.pending.append(torch.stack([output.user_loss, output.item_loss]).double())
-        self.num_events += len(batch)
-        self.batch = batch
+        self.pending.append(losses_k.double())
+        self.events.append(batch.events)
+        self.num_events += batch.num_events
         self.learning_rate = learning_rate
 
     def read(self) -> tuple[int, float]:
@@ -95,57 +84,47 @@ class StepMeter:
         Raises:
             NonFiniteLossError: naming the first step whose loss is not finite, and its events.
         """
-        assert self.batch is not None
         # Slices are equal, so the mean over the ranks is that over the batch.
         world_size = self.exchange.world.world_size
-        losses_n2 = (self.exchange.sum(torch.stack(self.pending)) / world_size).cpu().numpy()
-        steps_done = sum(map(len, self.read_n2)) + len(losses_n2)
-        _check_finite(losses_n2, steps_done - len(losses_n2), self.batch, self.epoch)
-        seconds, loader_seconds = self.clock.take(), self.loader_clock.take()
+        losses_nk = (self.exchange.sum(torch.stack(self.pending)) / world_size).cpu().numpy()
+        steps_done = sum(map(len, self.read_nk)) + len(losses_nk)
+        self._check_finite(losses_nk, steps_done - len(losses_nk))
         began, self.began = self.began, time.perf_counter()
-        user_loss, item_loss = losses_n2.mean(axis=0)
+        means_k = losses_nk.mean(axis=0)
         self.log.steps(
             self.first_global_step + steps_done,
-            user_loss=user_loss,
-            item_loss=item_loss,
-            chance_loss=self.model.chance_loss(len(self.batch)),
+            losses=dict(zip(self.recommender.loss_names, means_k, strict=True)),
+            chance_loss=self.recommender.chance_loss,
             learning_rate=self.learning_rate,
-            gradient_norm=_gradient_norm(self.model),
+            gradient_norm=_gradient_norm(self.recommender.model),
             events_per_s=self.num_events / max(self.began - began, 1e-9),
-            phase_seconds=seconds,
-            loader_seconds=loader_seconds,
-            num_steps=len(losses_n2),
-            traffic=self.representations.take_traffic(),
+            phase_seconds=self.recommender.clock.take(),
+            loader_seconds=self.recommender.loader_clock.take(),
+            num_steps=len(losses_nk),
+            traffic=self.recommender.take_traffic(),
         )
-        self.read_n2.append(losses_n2)
+        self.read_nk.append(losses_nk)
         num_events = self.num_events
-        self.pending, self.num_events = [], 0
-        return num_events, user_loss + item_loss
+        self.pending, self.events, self.num_events = [], [], 0
+        return num_events, means_k.sum()
 
     @property
     def losses(self) -> EpochLosses:
         """All that was read."""
-        losses_n2 = np.concatenate(self.read_n2)
-        return EpochLosses(user=losses_n2[:, 0], item=losses_n2[:, 1])
+        return EpochLosses(np.concatenate(self.read_nk))
 
-
-def _check_finite(
-    losses_n2: npt.NDArray[np.float64], first_step: int, last_batch: EventBatch, epoch: int
-) -> None:
-    is_bad_n = ~np.isfinite(losses_n2).all(axis=1)
-    if is_bad_n.any():
-        index = int(is_bad_n.argmax())
-        batches_before_last = len(losses_n2) - 1 - index
-        size = len(last_batch)
-        first = last_batch.first_position - batches_before_last * size
-        raise NonFiniteLossError(
-            "the loss is not finite",
-            where=f"epoch {epoch}, step {first_step + index}, "
-            f"events at positions {first} to {first + size - 1}",
-            got=f"user branch {losses_n2[index, 0]}, item branch {losses_n2[index, 1]}",
-            remedy="lower training.schedule.base_lr, or look at these events; "
-            "the last checkpoint is intact",
-        )
+    def _check_finite(self, losses_nk: npt.NDArray[np.float64], first_step: int) -> None:
+        is_bad_n = ~np.isfinite(losses_nk).all(axis=1)
+        if is_bad_n.any():
+            index = int(is_bad_n.argmax())
+            losses = zip(self.recommender.loss_names, losses_nk[index], strict=True)
+            raise NonFiniteLossError(
+                "the loss is not finite",
+                where=f"epoch {self.epoch}, step {first_step + index}, {self.events[index]}",
+                got=", ".join(f"{name} loss {loss}" for name, loss in losses),
+                remedy="lower training.schedule.base_lr, or look at these events; "
+                "the last checkpoint is intact",
+            )
 
 
 def _gradient_norm(model: torch.nn.Module) -> float:

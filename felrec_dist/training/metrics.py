@@ -64,8 +64,7 @@ class RunLog:
         self,
         global_step: int,
         *,
-        user_loss: float,
-        item_loss: float,
+        losses: Mapping[str, float],
         chance_loss: float | None,
         learning_rate: float,
         gradient_norm: float,
@@ -73,28 +72,32 @@ class RunLog:
         phase_seconds: Mapping[str, float],
         loader_seconds: Mapping[str, float],
         num_steps: int,
-        traffic: CacheTraffic,
+        traffic: CacheTraffic | None,
     ) -> None:
         """Logs means over the steps since the last call.
 
         ``wait`` is the trainer's wait for data and rows; the loader's phases run beside the others.
         """
         scalars = {
-            "loss/total": user_loss + item_loss,
-            "loss/user": user_loss,
-            "loss/item": item_loss,
+            "loss/total": sum(losses.values()),
+            **{f"loss/{name}": loss for name, loss in losses.items()},
             "optimizer/learning_rate": learning_rate,
             "optimizer/gradient_norm": gradient_norm,
             "speed/train(events per s)": events_per_s,
-            "cache/hot_tier_hits(%)": 100.0 * traffic.hit_rate,
-            "cache/fetched(bytes per step)": traffic.fetched_bytes / num_steps,
-            "cache/fetch_wait(ms per step)": 1000.0 * traffic.fetch_wait_s / num_steps,
-            "cache/written(bytes per step)": traffic.written_bytes / num_steps,
-            "cache/write_wait(ms per step)": 1000.0 * traffic.write_wait_s / num_steps,
         }
+        if traffic is not None:
+            scalars |= {
+                "cache/hot_tier_hits(%)": 100.0 * traffic.hit_rate,
+                "cache/fetched(bytes per step)": traffic.fetched_bytes / num_steps,
+                "cache/fetch_wait(ms per step)": 1000.0 * traffic.fetch_wait_s / num_steps,
+                "cache/written(bytes per step)": traffic.written_bytes / num_steps,
+                "cache/write_wait(ms per step)": 1000.0 * traffic.write_wait_s / num_steps,
+            }
         if chance_loss is not None:
-            scalars["loss/user_below_chance(nats)"] = chance_loss - user_loss
-            scalars["loss/item_below_chance(nats)"] = chance_loss - item_loss
+            scalars |= {
+                f"loss/{name}_below_chance(nats)": chance_loss - loss
+                for name, loss in losses.items()
+            }
         total = sum(phase_seconds.values())
         for phase, seconds in phase_seconds.items():
             if phase != "score":  # a phase of evaluation

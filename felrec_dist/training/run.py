@@ -246,14 +246,12 @@ def _memory_errors(config: ExperimentConfig) -> Iterator[None]:
         # On a CPU torch has no class of its own for it.
         if not is_short and "can't allocate memory" not in str(error):
             raise
-        encoder = config.model.encoder
         raise TrainingError(
             "the run needs more memory than there is",
             where=config.run.url,
             got=error,
             expected=f"room for data.batch_size = {config.data.batch_size}, "
-            f"model.encoder.width = {encoder.width} and history_length = {encoder.history_length}, "
-            f"model.queue_size = {config.model.queue_size}, "
+            f"model: {config.model.model_dump(mode='json')}, "
             f"evaluation.num_negatives = {config.evaluation.num_negatives}",
             remedy="make the largest of these smaller, or use more workers",
         ) from error

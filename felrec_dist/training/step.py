@@ -25,7 +25,7 @@ class TrainingStep:
         model: FELRec,
         forward: Callable[[EncoderInputs], ModelOutput],
         optimizer: torch.optim.Optimizer,
-        grad_clip_value: float,
+        grad_clip_value: float | None,
         seed: int,
         representations: Representations,
         exchange: Exchange,
@@ -59,7 +59,8 @@ class TrainingStep:
         with self.clock("backward"):
             self.optimizer.zero_grad()
             output.loss.backward()
-            nn.utils.clip_grad_value_(self.model.parameters(), self.grad_clip_value)
+            if self.grad_clip_value is not None:
+                nn.utils.clip_grad_value_(self.model.parameters(), self.grad_clip_value)
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate
             self.optimizer.step()

@@ -11,24 +11,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, Self
 
-import numpy as np
 import torch
-from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from cache_server import CacheClient
 from felrec_dist.config import ExperimentConfig, dump_config
 from felrec_dist.data.dataset import PreparedDataset, Span
-from felrec_dist.data.histories import HistoryReader
-from felrec_dist.data.stream import EventStream, StreamPosition, whole_batches
 from felrec_dist.errors import (
     CheckpointError,
     ConfigError,
     FelrecError,
-    NonFiniteLossError,
     RunStoppedError,
 )
-from felrec_dist.evaluation.evaluator import Evaluator
 from felrec_dist.evaluation.evaluator import Protocol as EvaluationProtocol
 from felrec_dist.evaluation.result import (
     Metrics,
@@ -36,7 +29,6 @@ from felrec_dist.evaluation.result import (
     metrics_from_json,
     metrics_to_json,
 )
-from felrec_dist.model.felrec import EncoderInputs, ModelOutput, build_model
 from felrec_dist.storage import write_whole
 from felrec_dist.training.checkpoint import (
     CACHE_FOLDER,
@@ -45,17 +37,14 @@ from felrec_dist.training.checkpoint import (
     CheckpointStore,
     RunPosition,
     SnapshotChain,
+    TablePart,
     read_checkpoint,
 )
-from felrec_dist.training.clock import LOADER_PHASES, PhaseClock
-from felrec_dist.training.config import DTYPES
 from felrec_dist.training.exchange import Exchange
-from felrec_dist.training.loader import BatchLoader
 from felrec_dist.training.meter import EpochLosses, StepMeter
 from felrec_dist.training.metrics import RunLog
-from felrec_dist.training.representations import STORAGE_DTYPES, Representations
+from felrec_dist.training.recommenders import build_recommender
 from felrec_dist.training.schedule import learning_rate
-from felrec_dist.training.step import TrainingStep
 from felrec_dist.training.world import World
 
 # Ranks that are asked to stop must agree on a step. That costs a small collective, and on a GPU a
@@ -111,7 +100,7 @@ class RunResult:
 
 
 class Trainer:
-    """Holds the parts of a run; each of them can be built and used alone."""
+    """Takes a recommender through its epochs, checkpoints and the test."""
 
     def __init__(
         self,
@@ -138,62 +127,16 @@ class Trainer:
         self.best: BestEpoch | None = None
         self.validation: list[dict[str, Metrics]] = []
         self._chain: SnapshotChain | None = None
-        self.train_span = whole_batches(dataset.split.train, config.data.batch_size)
         self.store = CheckpointStore(config.run.url)
-        self.clock = PhaseClock()
-        dtype = DTYPES[config.training.dtype]
-
-        torch.manual_seed(config.training.seed)
-        self.model = build_model(config.model).to(world.device, dtype)
-        self.model.uses_bfloat16 = config.training.autocast == "bfloat16"
-        # The buffers are equal on all ranks by construction; DDP need not send them.
-        self.forward: Callable[[EncoderInputs], ModelOutput] = (
-            DistributedDataParallel(self.model, broadcast_buffers=False)
-            if world.world_size > 1
-            else self.model
-        )
-        self.optimizer = config.training.build_optimizer(self.model.parameters())
-        histories = HistoryReader(dataset, config.model.encoder.history_length)
-        self.representations = Representations(
-            client,
-            storage=STORAGE_DTYPES[config.cache.storage],
-            dtype=dtype,
-            device=world.device,
-            empty_slot=config.model.empty_slot,
-            absent_row=config.model.absent_row,
-            written_shards=tuple(range(world.rank, config.cache.num_shards, world.world_size)),
-            hot_rows=config.cache.hot_rows,
-        )
-        self.loader_clock = PhaseClock(LOADER_PHASES)
-        self.loader = BatchLoader(histories, self.representations, world, self.loader_clock)
+        self.recommender = build_recommender(config, dataset, client, world)
         self.exchange = Exchange(world)
-        self.step = TrainingStep(
-            model=self.model,
-            forward=self.forward,
-            optimizer=self.optimizer,
-            grad_clip_value=config.training.grad_clip_value,
-            seed=config.training.seed,
-            representations=self.representations,
-            exchange=self.exchange,
-            clock=self.clock,
-        )
-        self.evaluator = Evaluator(
-            config=config.evaluation,
-            dataset=dataset,
-            batch_size=config.data.batch_size,
-            model=self.model,
-            loader=self.loader,
-            representations=self.representations,
-            exchange=self.exchange,
-            clock=self.clock,
-        )
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
         """Ends the threads; the cache belongs to whoever made it."""
-        self.representations.close()
+        self.recommender.close()
 
     def fit(self, *, resume: bool = False) -> RunResult:
         """Trains to the last epoch and tests the best one.
@@ -217,8 +160,7 @@ class Trainer:
                 stage = f"epoch {epoch + 1}/{num_epochs}"
                 done = None
                 if start and start.position.epoch == epoch:
-                    user_n, item_n = start.losses_n2.numpy().T
-                    done = EpochLosses(user_n, item_n)
+                    done = EpochLosses(start.losses_nk.numpy())
                 losses = self.train_epoch(epoch, log, stage, done)
                 global_step = (epoch + 1) * self.steps_per_epoch
                 log.cache(global_step, self.client.stats() if self.world.is_first else [])
@@ -267,12 +209,12 @@ class Trainer:
     @property
     def chance_loss(self) -> float | None:
         """The total loss when all logits are equal; None where the loss has no such value."""
-        branch = self.model.chance_loss(self.config.data.batch_size)
-        return None if branch is None else 2 * branch
+        each = self.recommender.chance_loss
+        return None if each is None else len(self.recommender.loss_names) * each
 
     @property
     def steps_per_epoch(self) -> int:
-        return len(self.train_span) // self.config.data.batch_size
+        return self.recommender.steps_per_epoch
 
     def train_epoch(
         self, epoch: int, log: RunLog, stage: str = "", done: EpochLosses | None = None
@@ -293,34 +235,28 @@ class Trainer:
         first_step = 0 if done is None else len(done)
         if done is None:
             self._begin_cache(_generation(epoch))
-        self.model.train()
-        num_left = len(self.train_span) - first_step * batch_size
+        num_left = (self.steps_per_epoch - first_step) * batch_size
         self.progress.begin(f"{stage}, training", num_left)
-        stream = EventStream(self.dataset, self.train_span, batch_size)
         meter = StepMeter(
-            model=self.model,
+            recommender=self.recommender,
             exchange=self.exchange,
-            representations=self.representations,
-            clock=self.clock,
-            loader_clock=self.loader_clock,
             log=log,
             epoch=epoch,
             first_global_step=epoch * self.steps_per_epoch,
             done=done,
         )
-        start = StreamPosition(self.train_span.start + first_step * batch_size)
-        with self.loader.batches(stream, first_step, start) as batches:
+        with self.recommender.batches(epoch, first_step) as batches:
             for step in range(first_step, self.steps_per_epoch):
-                with self.clock("wait"):
-                    loaded = next(batches)
+                with self.recommender.clock("wait"):
+                    batch = next(batches)
                 rate = learning_rate(
                     self.config.training.schedule, epoch, step, self.steps_per_epoch
                 )
-                output = self.step(loaded, epoch, rate)
-                meter.add(loaded.batch, output, rate)
-                self._after_step(epoch, step + 1, loaded.next_position.next_position, meter)
-        self.representations.flush()
-        _check_weights(self.model, f"after the last step of epoch {epoch}")
+                losses_k = self.recommender.train(batch, epoch, rate)
+                meter.add(batch, losses_k, rate)
+                self._after_step(epoch, step + 1, batch.next_position, meter)
+        self.recommender.flush()
+        self.recommender.check(f"after the last step of epoch {epoch}")
         return meter.losses
 
     def _after_step(self, epoch: int, steps: int, next_position: int, meter: StepMeter) -> None:
@@ -385,9 +321,9 @@ class Trainer:
             if self._is_stopping(num_batches):
                 raise self._stopped(stage)
 
-        results, step = self.evaluator.evaluate(span, step, [chosen], on_batch=on_batch)
-        self.representations.flush()
-        return results[chosen], step
+        result, step = self.recommender.evaluate(span, step, chosen, on_batch)
+        self.recommender.flush()
+        return result, step
 
     def test(
         self, checkpoint: Checkpoint, protocol: EvaluationProtocol | None = None
@@ -423,31 +359,35 @@ class Trainer:
             TrainingError: the ranks differ, or the weights are not finite; nothing was written.
             StorageError, SnapshotError: it cannot be written; the earlier ones are intact.
         """
-        _check_weights(self.model, f"at {position.name}")
-        self.exchange.check_equal(self.model.state_dict(), where=f"at {position.name}")
-        self.representations.flush()
-        # Every rank's writes are in the shards before the first rank has them snapshot.
-        self.world.barrier()
-        if self.world.is_first:
-            try:
-                self._commit(position, losses)
-            except FelrecError:
+        self.recommender.check(f"at {position.name}")
+        self.recommender.flush()
+        try:
+            url = self.store.url_of(position)
+            if self.world.is_first:
+                self.store.begin(position)
+            # The folder is there, and every rank's writes are in the shards.
+            self.world.barrier()
+            tables = self.recommender.write_tables(url)
+            if self.world.is_first:
+                self._commit(position, losses, self._snapshot(url, position), tables)
+        except FelrecError:
+            if self.world.is_first:
                 self.store.discard(position)
-                raise
+            raise
+        if self.world.is_first:
             self.store.keep(self.config.checkpoint.keep, self.best)
         self.world.barrier()
 
-    def _commit(self, position: RunPosition, losses: EpochLosses) -> None:
+    def _snapshot(self, url: str, position: RunPosition) -> SnapshotChain:
         base = self._chain
         if base is not None and base.wants_full:
             base = None
-        url = self.store.begin(position)
         parts = self.client.snapshot(
             f"{url}/{CACHE_FOLDER}",
             position.cache_step,
             since=None if base is None else base.next_position,
         )
-        chain = SnapshotChain(
+        return SnapshotChain(
             (
                 *(base.parts if base is not None else ()),
                 *(
@@ -457,19 +397,27 @@ class Trainer:
             ),
             position.next_position,
         )
+
+    def _commit(
+        self,
+        position: RunPosition,
+        losses: EpochLosses,
+        chain: SnapshotChain,
+        tables: Sequence[TablePart],
+    ) -> None:
+        model, optimizer = self.recommender.state()
         self.store.commit(
             position,
             config=self.config.model_dump(mode="json"),
             dataset_digest=self.dataset.digest,
             validation=[metrics_to_json(metrics) for metrics in self.validation],
             tensors={
-                "model": self.model.state_dict(),
-                "optimizer": self._optimizer_state(),
-                "losses": {
-                    "losses_n2": torch.from_numpy(np.stack([losses.user, losses.item], axis=1))
-                },
+                "model": model,
+                "optimizer": optimizer,
+                "losses": {"losses_nk": torch.from_numpy(losses.losses_nk)},
             },
             chain=chain,
+            tables=tables,
         )
         self._chain = chain
 
@@ -493,13 +441,11 @@ class Trainer:
             _check_equal(
                 checkpoint, self.config, ("model", "training", "data.batch_size", "cache.storage")
             )
-            self.model.load_state_dict(checkpoint.model)
-            self._load_optimizer(checkpoint.optimizer)
-        _check_weights(self.model, checkpoint.url)
+            self.recommender.load(checkpoint)
         self._chain = None
         if generation is None:
             return
-        self.representations.flush()
+        self.recommender.flush()
         self.world.barrier()
         if self.world.is_first:
             self.client.restore(
@@ -510,7 +456,7 @@ class Trainer:
             )
             self._chain = checkpoint.chain
         self.world.barrier()
-        self.representations.begin(generation, checkpoint.position.cache_step)
+        self.recommender.begin(generation, checkpoint.position.cache_step)
 
     def _start(self, resume: bool) -> Checkpoint | None:
         """Prepares the run's folder; returns where the run goes on, None at its beginning."""
@@ -565,49 +511,17 @@ class Trainer:
     def _begin_cache(self, generation: int) -> None:
         """Empties the cache for a new life; late writes of an earlier one are dropped."""
         self._chain = None
-        self.representations.flush()
+        self.recommender.flush()
         self.world.barrier()
         if self.world.is_first:
             self.client.clear(generation)
         self.world.barrier()
-        self.representations.begin(generation, step=0)
-
-    def _optimizer_state(self) -> dict[str, Tensor]:
-        """Returns the optimizer's tensors as ``<parameter>:<name of the state>``."""
-        return {
-            f"{name}:{key}": value
-            for name, parameter in self.model.named_parameters()
-            for key, value in self.optimizer.state[parameter].items()
-        }
-
-    def _load_optimizer(self, state: Mapping[str, Tensor]) -> None:
-        parameters = dict(self.model.named_parameters())
-        for full_name, value in state.items():
-            name, key = full_name.split(":")
-            # Adam counts its steps on the CPU, in float32, whatever the model is.
-            tensor = value.clone() if key == "step" else value.to(parameters[name])
-            if key != "step" and tensor.shape != parameters[name].shape:
-                raise ValueError(f"{full_name} has shape {tuple(tensor.shape)}")
-            self.optimizer.state[parameters[name]][key] = tensor
+        self.recommender.begin(generation, step=0)
 
 
 def _generation(epoch: int) -> int:
     """The cache's life in an epoch, from 1; shards that have seen no run are in 0."""
     return epoch + 1
-
-
-def _check_weights(model: torch.nn.Module, where: str) -> None:
-    """The last update has no loss after it to show that it failed.
-
-    Scores that are NaN are above nothing: such a model would have the best ranks of all.
-    """
-    for name, parameter in model.named_parameters():
-        if not parameter.isfinite().all():
-            raise NonFiniteLossError(
-                "the weights are not finite",
-                where=f"{where}, {name}",
-                remedy="lower training.schedule.base_lr; the last checkpoint is intact",
-            )
 
 
 @contextmanager

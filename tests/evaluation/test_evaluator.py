@@ -14,6 +14,7 @@ from felrec_dist.evaluation.evaluator import Protocol
 from felrec_dist.evaluation.negatives import batch_generator, draw_with_replacement
 from felrec_dist.training.metrics import RunLog
 from felrec_dist.training.trainer import Trainer
+from tests import tiny
 from tests.data.oracle import prepare_rows
 from tests.invariants.test_causality import BATCH, build, random_rows
 
@@ -39,7 +40,9 @@ def test_protocols_share_one_pass(tmp_path: Path) -> None:
     for protocols in asked:
         trainer = trained(tmp_path / "-".join(protocols))
         span = trainer.dataset.split.validation
-        results, step = trainer.evaluator.evaluate(span, trainer.steps_per_epoch, protocols)
+        results, step = tiny.felrec_of(trainer).evaluator.evaluate(
+            span, trainer.steps_per_epoch, protocols
+        )
         assert tuple(results) == protocols
         assert step == trainer.steps_per_epoch + -(-len(span) // BATCH)
         caches.append(rows_of_all(trainer, step))
@@ -57,7 +60,9 @@ def test_released_has_all_items_up_to_the_end_of_the_batch(tmp_path: Path) -> No
     """And its negatives, drawn with repeats, may hold the target, which then ties with itself."""
     trainer = trained(tmp_path / "data")
     dataset, span = trainer.dataset, trainer.dataset.split.validation
-    results, _ = trainer.evaluator.evaluate(span, trainer.steps_per_epoch, ["causal", "released"])
+    results, _ = tiny.felrec_of(trainer).evaluator.evaluate(
+        span, trainer.steps_per_epoch, ["causal", "released"]
+    )
     released, causal = results["released"].counts, results["causal"].counts
     events = 0
     for batch, _ in EventStream(dataset, span, BATCH).batches():
@@ -77,17 +82,21 @@ def test_released_has_all_items_up_to_the_end_of_the_batch(tmp_path: Path) -> No
 
 def test_the_model_goes_on_in_the_mode_it_was_in(tmp_path: Path) -> None:
     trainer = trained(tmp_path / "data")
-    assert trainer.model.training
-    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    assert tiny.felrec_of(trainer).model.training
+    before = {
+        name: value.clone() for name, value in tiny.felrec_of(trainer).model.state_dict().items()
+    }
 
     def interrupt(num_events: int) -> None:
         assert num_events == BATCH
-        assert not trainer.model.training
+        assert not tiny.felrec_of(trainer).model.training
         raise KeyboardInterrupt("stopped by hand")
 
     span = trainer.dataset.split.validation
     with pytest.raises(KeyboardInterrupt, match="stopped by hand"):
-        trainer.evaluator.evaluate(span, trainer.steps_per_epoch, on_batch=interrupt)
-    assert trainer.model.training
-    for name, value in trainer.model.state_dict().items():
+        tiny.felrec_of(trainer).evaluator.evaluate(
+            span, trainer.steps_per_epoch, on_batch=interrupt
+        )
+    assert tiny.felrec_of(trainer).model.training
+    for name, value in tiny.felrec_of(trainer).model.state_dict().items():
         assert bool((value == before[name]).all()), f"evaluation changed {name}"

@@ -67,9 +67,8 @@ def run_epochs(config: ExperimentConfig, dataset: PreparedDataset, client: Cache
     log = RunLog(config.run.url, is_writer=False)
     losses, ranked = [], {}
     for epoch in range(2):
-        epoch_losses = trainer.train_epoch(epoch, log)
-        losses.append(np.stack([epoch_losses.user, epoch_losses.item], axis=1))
-        results, step = trainer.evaluator.evaluate(
+        losses.append(trainer.train_epoch(epoch, log).losses_nk)
+        results, step = tiny.felrec_of(trainer).evaluator.evaluate(
             dataset.split.validation, trainer.steps_per_epoch, ["causal", "released"]
         )
         for protocol, result in results.items():
@@ -81,7 +80,9 @@ def run_epochs(config: ExperimentConfig, dataset: PreparedDataset, client: Cache
         side: client.fetch(step, {side: np.arange(num_ids, dtype=np.int64) + first})[side].rows
         for side, first, num_ids in (("user", 1_000_000_000_000, 60), ("item", 0, 60))
     }
-    state = {name: tensor.numpy() for name, tensor in trainer.model.state_dict().items()}
+    state = {
+        name: tensor.numpy() for name, tensor in tiny.felrec_of(trainer).model.state_dict().items()
+    }
     return Outcome(np.concatenate(losses), ranked, rows, client.digest(), state)
 
 
@@ -97,7 +98,7 @@ def config_of(
             "cache": {"num_shards": num_shards, "storage": dtype, "block_rows": 16},
         },
     )
-    model = config.model.model_copy(update={"variant": variant})
+    model = config.felrec.model_copy(update={"variant": variant})
     assert model.encoder.dropout > 0
     return config.model_copy(update={"model": model})
 
@@ -110,7 +111,7 @@ def on_ray(
     num_workers: int, config: ExperimentConfig, dataset: PreparedDataset, folder: Path
 ) -> list[Outcome]:
     shards = create_shard_actors(
-        config.cache.tables(config.model.encoder.width),
+        config.cache_tables(),
         config.cache.num_shards,
         block_rows=config.cache.block_rows,
     )

@@ -27,6 +27,7 @@ from felrec_dist.training.metrics import RunLog
 from felrec_dist.training.representations import PlannedRows
 from felrec_dist.training.trainer import Trainer
 from felrec_dist.training.world import World
+from tests import tiny
 from tests.data.oracle import Row, prepare_rows
 
 BATCH = 8
@@ -91,10 +92,10 @@ def record(
     assert dataset.split.train.stop == TRAIN_STOP
     assert dataset.split.validation.stop == VALIDATION_STOP
     trainer = build(dataset, str(folder / "run"), variant, protocol)
-    assert trainer.train_span.start == TRAIN_START > 0
+    assert tiny.felrec_of(trainer).train_span.start == TRAIN_START > 0
     items_of_user: dict[int, Tensor] = {}
     users_of_item: dict[int, Tensor] = {}
-    take = trainer.representations.take
+    take = tiny.felrec_of(trainer).representations.take
 
     def recorded_take(planned: PlannedRows) -> EncoderInputs:
         inputs = take(planned)
@@ -105,7 +106,7 @@ def record(
             users_of_item[position] = inputs.users_of_items_BSD[row, :length].clone()
         return inputs
 
-    trainer.representations.take = recorded_take  # type: ignore[method-assign]
+    tiny.felrec_of(trainer).representations.take = recorded_take  # type: ignore[method-assign]
     losses = trainer.train_epoch(0, RunLog(str(folder / "run"), is_writer=False))
     step = trainer.steps_per_epoch
     parts = []
@@ -114,7 +115,7 @@ def record(
         parts.append(result.counts)
     assert sorted(items_of_user) == sorted(users_of_item) == list(range(TRAIN_START, NUM_EVENTS))
     return Recording(
-        np.stack([losses.user, losses.item], axis=1),
+        losses.losses_nk,
         items_of_user,
         users_of_item,
         RankCounts.concatenate(parts),
@@ -144,7 +145,7 @@ def build(dataset: PreparedDataset, run_url: str, variant: str, protocol: Protoc
         },
         where="test",
     )
-    tables = config.cache.tables(config.model.encoder.width)
+    tables = config.cache_tables()
     transport = InProcessTransport(
         tables, num_shards=3, block_rows=config.cache.block_rows, can_wait=True
     )

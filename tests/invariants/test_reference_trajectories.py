@@ -22,6 +22,7 @@ from felrec_dist.evaluation.result import PartResult
 from felrec_dist.training.metrics import RunLog
 from felrec_dist.training.trainer import Trainer
 from felrec_dist.training.world import World
+from tests import tiny
 from tests.trajectories import FOLDER, Trajectory, read_all
 
 TRAJECTORIES = read_all()
@@ -66,7 +67,7 @@ def test_in_process(trajectory: Trajectory, num_shards: int, hot_rows: int, tmp_
     config = trajectory.config(
         dataset.url, str(tmp_path / "run"), num_shards=num_shards, hot_rows=hot_rows
     )
-    tables = config.cache.tables(config.model.encoder.width)
+    tables = config.cache_tables()
     transport = InProcessTransport(
         tables, num_shards=num_shards, block_rows=config.cache.block_rows, can_wait=True
     )
@@ -89,7 +90,9 @@ def replay(
 
 def _replay(trajectory: Trajectory, trainer: Trainer) -> None:
     arrays, config, dataset = trajectory.arrays, trainer.config, trainer.dataset
-    missing, unexpected = trainer.model.load_state_dict(trajectory.parameters("init"), strict=False)
+    missing, unexpected = tiny.felrec_of(trainer).model.load_state_dict(
+        trajectory.parameters("init"), strict=False
+    )
     assert not unexpected
     assert {name.rsplit(".", 1)[-1] for name in missing} <= {"next_slot", "num_batches_tracked"}
 
@@ -100,7 +103,7 @@ def _replay(trajectory: Trajectory, trainer: Trainer) -> None:
         losses.append(trainer.train_epoch(epoch, log).total)
         if epoch == 0:
             compare_cache(trajectory, "epoch1", trainer, step=trainer.steps_per_epoch)
-        results, step = trainer.evaluator.evaluate(
+        results, step = tiny.felrec_of(trainer).evaluator.evaluate(
             dataset.split.validation, trainer.steps_per_epoch, PROTOCOLS
         )
         for protocol, result in results.items():
@@ -111,9 +114,13 @@ def _replay(trajectory: Trajectory, trainer: Trainer) -> None:
     compare_cache(trajectory, "final", trainer, step=step)
     for name, expected in trajectory.parameters("final").items():
         torch.testing.assert_close(
-            trainer.model.state_dict()[name], expected, rtol=1e-6, atol=1e-9, msg=name
+            tiny.felrec_of(trainer).model.state_dict()[name],
+            expected,
+            rtol=1e-6,
+            atol=1e-9,
+            msg=name,
         )
-    results, _ = trainer.evaluator.evaluate(dataset.split.test, step, PROTOCOLS)
+    results, _ = tiny.felrec_of(trainer).evaluator.evaluate(dataset.split.test, step, PROTOCOLS)
     for protocol, result in results.items():
         np.testing.assert_array_equal(result.event_id, arrays["test/event_id"])
         np.testing.assert_array_equal(result.partition, arrays["test/partition"])

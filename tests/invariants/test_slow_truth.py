@@ -22,6 +22,7 @@ from felrec_dist.model.felrec import FELRecP, FELRecQ
 from felrec_dist.training.metrics import RunLog
 from felrec_dist.training.trainer import Trainer
 from felrec_dist.training.world import World
+from tests import tiny
 from tests.reference import Event, ReferenceFELRec, contrast
 
 N, BATCH, K = 4, 8, 11  # K is no multiple of the batch
@@ -76,7 +77,7 @@ def experiment(path: Path, dataset: PreparedDataset, variant: str) -> Experiment
 
 
 def build(config: ExperimentConfig, dataset: PreparedDataset) -> Trainer:
-    tables = config.cache.tables(config.model.encoder.width)
+    tables = config.cache_tables()
     transport = InProcessTransport(
         tables,
         num_shards=config.cache.num_shards,
@@ -92,11 +93,13 @@ def test_training_and_causal_ranks(tmp_path: Path, variant: str, seed: int) -> N
     dataset, events = random_stream(tmp_path, seed)
     config = experiment(tmp_path, dataset, variant)
     trainer = build(config, dataset)
-    slow = build(config, dataset)  # the same seed: the same initial weights
+    slow = tiny.felrec_of(build(config, dataset))  # the same seed: the same initial weights
     slow.model.train()
     truth = ReferenceFELRec(slow.model, N, events)
-    truth.skip(0, trainer.train_span.start)
-    assert trainer.train_span.start > 0, "the stream must drop events, to see that they count"
+    truth.skip(0, tiny.felrec_of(trainer).train_span.start)
+    assert tiny.felrec_of(trainer).train_span.start > 0, (
+        "the stream must drop events, to see that they count"
+    )
 
     losses = []
     queues = None
@@ -106,9 +109,9 @@ def test_training_and_causal_ranks(tmp_path: Path, variant: str, seed: int) -> N
             slow.model.item_queue.entries_KD.clone(),
         ]
     for step in range(trainer.steps_per_epoch):
-        start = trainer.train_span.start + step * BATCH
+        start = tiny.felrec_of(trainer).train_span.start + step * BATCH
         users, items = truth.represent_batch(start, start + BATCH)
-        loss, projections = slow_loss(slow.model, users, items, queues, config.model.temperature)
+        loss, projections = slow_loss(slow.model, users, items, queues, config.felrec.temperature)
         losses.append(float(loss.detach()))
         slow.optimizer.zero_grad()
         loss.backward()

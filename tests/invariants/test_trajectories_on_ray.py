@@ -78,7 +78,7 @@ def shards_for(
 
     def get(config: ExperimentConfig) -> ShardHandles:
         num_shards = config.cache.num_shards
-        tables = config.cache.tables(config.model.encoder.width)
+        tables = config.cache_tables()
         prefix = str(folder / str(num_shards))
         if num_shards not in started:
             shards = create_shard_actors(tables, num_shards, block_rows=config.cache.block_rows)

@@ -50,11 +50,12 @@ def save(client: CacheClient, config: ExperimentConfig, epoch: int = 0) -> str:
         tensors={
             "model": {"weight": torch.zeros(2)},
             "optimizer": {"weight:momentum_buffer": torch.zeros(2)},
-            "losses": {"losses_n2": torch.zeros(10, 2)},
+            "losses": {"losses_nk": torch.zeros(10, 2)},
         },
         chain=SnapshotChain(
             tuple(replace(part, path=f"{position.name}/cache/{part.path}") for part in parts),
             position.next_position,
         ),
+        tables=[],
     )
     return url

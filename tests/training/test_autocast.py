@@ -56,7 +56,7 @@ def test_a_run_trains_and_evaluates_with_it(dataset: PreparedDataset, tmp_path: 
     training = {"schedule": {"epochs": 1, "warmup_epochs": 0}, "autocast": "bfloat16"}
     config = tiny.experiment(dataset.url, str(tmp_path), {"training": training})
     with tiny.build_trainer(config, dataset) as trainer:
-        assert trainer.model.uses_bfloat16
+        assert tiny.felrec_of(trainer).model.uses_bfloat16
         result = trainer.fit()
     assert np.isfinite(result.training_loss)
     assert 0 <= result.test.metrics()["total"].normalized_rank <= 1

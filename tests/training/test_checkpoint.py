@@ -95,9 +95,10 @@ def commit(store: CheckpointStore, at: RunPosition, chain: SnapshotChain, seed: 
         tensors={
             "model": {**MODEL, "seed": torch.tensor(seed)},
             "optimizer": OPTIMIZER,
-            "losses": {"losses_n2": LOSSES},
+            "losses": {"losses_nk": LOSSES},
         },
         chain=chain,
+        tables=[],
     )
 
 
@@ -113,7 +114,7 @@ def assert_whole(checkpoint: Checkpoint, epoch: int, seed: int = 0) -> None:
     assert checkpoint.config == CONFIG
     assert checkpoint.dataset_digest == "d1"
     assert checkpoint.validation == VALIDATION
-    assert torch.equal(checkpoint.losses_n2, LOSSES)
+    assert torch.equal(checkpoint.losses_nk, LOSSES)
     assert checkpoint.training_loss == 10.0
     assert checkpoint.model.keys() == {*MODEL, "seed"}
     assert checkpoint.model["seed"] == seed
@@ -427,7 +428,7 @@ def rewrite(url: str, change: Callable[[dict[str, Any]], None], *, with_digest: 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m.update(version=1), r"of another version\n.*\n  got: 1\n  expected: 2"),
+        (lambda m: m.update(version=1), r"of another version\n.*\n  got: 1\n  expected: 3"),
         (lambda m: m.pop("version"), r"of another version"),
         (lambda m: m.update(format="else"), r"this is not a checkpoint\n.*\n.*'felrec-dist"),
         (lambda m: m.pop("format"), r"this is not a checkpoint"),

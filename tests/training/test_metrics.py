@@ -103,7 +103,9 @@ def test_a_run_logs_every_figure(dataset: PreparedDataset, tmp_path: Path, varia
         assert mean_loss == pytest.approx(result.training_loss, rel=1e-5)
 
     rows = sum(scalars[f"cache/user/size(rows)/shard_{shard}"][15] for shard in range(2))
-    batches = range(trainer.train_span.start, trainer.train_span.stop)
+    batches = range(
+        tiny.felrec_of(trainer).train_span.start, tiny.felrec_of(trainer).train_span.stop
+    )
     assert 0 < rows <= len(batches)
     assert scalars["cache/user/size(bytes)/shard_0"][15] >= 4 * 8 * rows / 4
     metrics = result.test.metrics()["total"]

@@ -76,7 +76,9 @@ def state_of(trainer: Trainer, result: RunResult) -> dict[str, Any]:
         "training_loss": result.training_loss,
         "ranks": result.test.normalized_rank.tolist(),
         "hits": result.test.is_hit.tolist(),
-        "model": {name: t.tolist() for name, t in trainer.model.state_dict().items()},
+        "model": {
+            name: t.tolist() for name, t in tiny.felrec_of(trainer).model.state_dict().items()
+        },
         "last": {
             name: (tensor.tolist(), tensor.dtype)
             for checkpoint in [read_checkpoint(trainer.store.epoch_url(2))]
@@ -440,7 +442,7 @@ def test_the_best_epoch_is_tested_and_kept(
             result = dataclasses.replace(
                 result, normalized_rank=np.full_like(result.normalized_rank, rank)
             )
-        weights.append(trainer.model.encoder.output.weight.detach().clone())
+        weights.append(tiny.felrec_of(trainer).model.encoder.output.weight.detach().clone())
         return result, step
 
     monkeypatch.setattr(trainer, "evaluate", evaluate)
@@ -481,7 +483,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     run = {"log_every_steps": log_every_steps}
     config = tiny.experiment(dataset.url, str(tmp_path / "run"), {"run": run})
     trainer = tiny.build_trainer(config, dataset)
-    real_step = trainer.step
+    real_step = tiny.felrec_of(trainer).step
     num_steps = 0
 
     def step(*args: Any) -> ModelOutput:
@@ -492,11 +494,11 @@ def test_a_loss_that_is_not_finite_stops_the_run(
             output = dataclasses.replace(output, item_loss=torch.tensor(float("nan")))
         return output
 
-    trainer.step = step  # type: ignore[assignment]
-    first = trainer.train_span.start + bad_step * tiny.BATCH
+    tiny.felrec_of(trainer).step = step  # type: ignore[assignment]
+    first = tiny.felrec_of(trainer).train_span.start + bad_step * tiny.BATCH
     message = (
         rf"the loss is not finite\n  where: epoch 1, step {bad_step}, "
-        rf"events at positions {first} to {first + tiny.BATCH - 1}\n  got: .*item branch nan"
+        rf"events at positions {first} to {first + tiny.BATCH - 1}\n  got: .*item loss nan"
     )
     with pytest.raises(NonFiniteLossError, match=message):
         trainer.fit()
@@ -510,7 +512,7 @@ def test_weights_that_the_last_step_broke_are_not_saved(
 ) -> None:
     """Their scores would be NaN, which is above nothing: the best ranks of all."""
     trainer = tiny.build_trainer(tiny.experiment(dataset.url, str(tmp_path / "run")), dataset)
-    real_step = trainer.step
+    real_step = tiny.felrec_of(trainer).step
     num_steps = 0
 
     def step(*args: Any) -> ModelOutput:
@@ -519,10 +521,10 @@ def test_weights_that_the_last_step_broke_are_not_saved(
         num_steps += 1
         if num_steps == 2 * trainer.steps_per_epoch:
             with torch.no_grad():
-                trainer.model.encoder.output.weight[0, 0] = float("inf")
+                tiny.felrec_of(trainer).model.encoder.output.weight[0, 0] = float("inf")
         return output
 
-    trainer.step = step  # type: ignore[assignment]
+    tiny.felrec_of(trainer).step = step  # type: ignore[assignment]
     message = r"weights are not finite\n  where: after the last step of epoch 1, encoder\.output"
     with pytest.raises(NonFiniteLossError, match=message):
         trainer.fit()
@@ -597,7 +599,7 @@ def test_representations_that_are_not_finite_are_not_ranked(
 ) -> None:
     trainer = tiny.build_trainer(tiny.experiment(dataset.url, str(tmp_path / "run")), dataset)
     with torch.no_grad():
-        trainer.model.encoder.output.bias[0] = torch.inf
+        tiny.felrec_of(trainer).model.encoder.output.bias[0] = torch.inf
     span = dataset.split.validation
     where = f"positions {span.start} to {span.start + tiny.BATCH - 1}"
     with pytest.raises(TrainingError, match=f"(?s)representation is not finite.*{where}"):

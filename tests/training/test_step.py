@@ -57,7 +57,7 @@ def test_nothing_waits_for_a_result(
 
     def step(trainer: Trainer, loaded: LoadedBatch) -> None:
         with NoSynchronisation():  # type: ignore[no-untyped-call]
-            trainer.step(loaded, 0, 0.01)
+            tiny.felrec_of(trainer).step(loaded, 0, 0.01)
 
     with tiny.build_trainer(config, dataset) as trainer:
         each_step(trainer, tiny.BATCH, step)
@@ -85,7 +85,7 @@ def calls_of_last_step(dataset: PreparedDataset, folder: Path, batch_size: int) 
 
         sys.setprofile(count)
         try:
-            trainer.step(loaded, 0, 0.01)
+            tiny.felrec_of(trainer).step(loaded, 0, 0.01)
         finally:
             sys.setprofile(None)
 
@@ -100,7 +100,7 @@ def each_step(
     trainer: Trainer, batch_size: int, step: Callable[[Trainer, LoadedBatch], None]
 ) -> None:
     """Calls ``step`` with the batches of the training part."""
-    stream = EventStream(trainer.dataset, trainer.train_span, batch_size)
-    with trainer.loader.batches(stream, 0) as batches:
+    stream = EventStream(trainer.dataset, tiny.felrec_of(trainer).train_span, batch_size)
+    with tiny.felrec_of(trainer).loader.batches(stream, 0) as batches:
         for loaded in batches:
             step(trainer, loaded)

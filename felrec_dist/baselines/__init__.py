@@ -1,0 +1,25 @@
+"""The models that FELRec is compared with, on sharded tables; they need TorchRec."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cache_server import CacheClient
+    from felrec_dist.config import ExperimentConfig
+    from felrec_dist.data.dataset import PreparedDataset
+    from felrec_dist.training.recommender import Recommender
+    from felrec_dist.training.world import World
+
+
+def build_baseline(
+    config: ExperimentConfig, dataset: PreparedDataset, client: CacheClient, world: World
+) -> Recommender[Any]:
+    """Returns the baseline that ``config.model`` names.
+
+    Raises:
+        ConfigError: TorchRec is not installed.
+    """
+    from felrec_dist.baselines.bpr_mf import BPRMFTraining
+
+    return {"bpr-mf": BPRMFTraining}[config.model.variant](config, dataset, client, world)

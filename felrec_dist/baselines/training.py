@@ -1,0 +1,309 @@
+"""What the baselines have in common as a run trains and evaluates them.
+
+Shape legend: b events of this rank, B events of the batch, D width, k losses, M negatives.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from cache_server import CacheClient
+from felrec_dist.baselines.tables import ShardedTables
+from felrec_dist.config import ExperimentConfig
+from felrec_dist.data.dataset import PreparedDataset, Span
+from felrec_dist.data.stream import EventBatch, EventStream, slice_bounds
+from felrec_dist.errors import TrainingError
+from felrec_dist.evaluation.candidates import Ballot, CandidateMatrix
+from felrec_dist.evaluation.counts import RankCounts
+from felrec_dist.evaluation.evaluator import Protocol
+from felrec_dist.evaluation.negatives import batch_generator, draw_without_replacement
+from felrec_dist.evaluation.result import PartResult
+from felrec_dist.training.checkpoint import Checkpoint, TablePart
+from felrec_dist.training.clock import LOADER_PHASES, PhaseClock
+from felrec_dist.training.exchange import Exchange
+from felrec_dist.training.recommender import TrainingBatch
+from felrec_dist.training.representations import CacheTraffic
+from felrec_dist.training.weights import check_finite, load_optimizer_state, optimizer_state
+from felrec_dist.training.world import World
+
+ITEM, USER = "item", "user"
+# Item vectors are read so many at a time for an evaluation.
+_ROWS_READ = 65_536
+
+Batch = TypeVar("Batch", bound=TrainingBatch)
+
+
+class BaselineTraining(ABC, Generic[Batch]):
+    """A dense model under DDP, sharded tables, one optimizer for both.
+
+    A baseline says what its batches are, what it loses on one, and how it represents users; it is
+    evaluated among the items of the training part. One that represents more overrides ``evaluate``.
+    """
+
+    loss_names: tuple[str, ...] = ("ranking",)
+    chance_loss: float | None = None
+    steps_per_epoch: int
+
+    def __init__(
+        self,
+        config: ExperimentConfig,
+        dataset: PreparedDataset,
+        client: CacheClient,
+        world: World,
+        *,
+        model: nn.Module,
+        num_rows: Mapping[str, int],
+        width: int,
+    ) -> None:
+        """
+        Args:
+            config, dataset, client, world: of the run.
+            model: the dense part, with the same weights on all ranks.
+            num_rows: of each table.
+            width: D of the tables.
+        """
+        self.config = config
+        self.dataset = dataset
+        self.client = client
+        self.world = world
+        self.clock = PhaseClock()
+        self.loader_clock = PhaseClock(LOADER_PHASES)
+        self.exchange = Exchange(world)
+        self.model = model.to(world.device)
+        has_weights = any(True for _ in model.parameters())
+        self.forward: Callable[..., Any] = (
+            DistributedDataParallel(self.model, broadcast_buffers=False)
+            if world.world_size > 1 and has_weights
+            else self.model
+        )
+        self.tables = ShardedTables(
+            num_rows,
+            width,
+            config.tables,
+            world,
+            seed=config.training.seed,
+            base_lr=config.training.schedule.base_lr,
+        )
+        self.parameters = {
+            **dict(self.model.named_parameters()),
+            **{f"tables.{name}": rows for name, rows in self.tables.optimized.items()},
+        }
+        # A model of fused tables alone leaves torch's optimizer nothing to do.
+        self.optimizer = (
+            config.training.build_optimizer(self.parameters.values()) if self.parameters else None
+        )
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(p.numel() for p in self.model.parameters()) + self.tables.num_parameters
+
+    @abstractmethod
+    @contextmanager
+    def batches(self, epoch: int, first_step: int) -> Iterator[Iterator[Batch]]:
+        """Yields the batches of an epoch's steps from ``first_step`` on."""
+
+    @abstractmethod
+    def losses(self, batch: Batch, epoch: int) -> tuple[Tensor, Tensor]:
+        """Returns what is minimised, a scalar, and the losses to report (k,).
+
+        The mean over the ranks is that of the batch, of both.
+        """
+
+    @abstractmethod
+    def represent_users(self, batch: EventBatch) -> Tensor:
+        """Returns the vectors (b, D) of the events' users as they are before each event.
+
+        Every rank calls it with its slice, which may be empty. Where a user is not served, the
+        vector means nothing.
+        """
+
+    def represent_items(self, items: npt.NDArray[np.int64]) -> Tensor:
+        """Returns the vectors (n, D) of training items, to be multiplied with the users'."""
+        return self.tables.lookup(self.rows_of({ITEM: items}))[ITEM]
+
+    def serves_users(self, batch: EventBatch) -> npt.NDArray[np.bool_]:
+        """Returns (B,) whether the model has a vector for each event's user."""
+        return np.ones(len(batch), dtype=np.bool_)
+
+    def rows_of(self, rows: Mapping[str, npt.NDArray[np.int64]]) -> dict[str, Tensor]:
+        """Returns ids for ``tables.lookup``; tables that are not named are asked for nothing."""
+        nothing = np.empty(0, dtype=np.int64)
+        return {
+            name: torch.from_numpy(rows.get(name, nothing)).to(self.world.device)
+            for name in self.tables.num_rows
+        }
+
+    def slice_of(self, num_events: int) -> slice:
+        """Returns this rank's part of a batch."""
+        return slice(*slice_bounds(num_events, self.world.rank, self.world.world_size))
+
+    def train(self, batch: Batch, epoch: int, learning_rate: float) -> Tensor:
+        self.model.train()
+        self.tables.prepare(learning_rate)
+        with self.clock("encode"):
+            objective, losses_k = self.losses(batch, epoch)
+        with self.clock("backward"):
+            if self.optimizer is not None:
+                self.model.zero_grad()
+            objective.backward()
+            self._update(learning_rate)
+        return losses_k.detach()
+
+    def _update(self, learning_rate: float) -> None:
+        if self.optimizer is None:
+            return
+        clip_value = self.config.training.grad_clip_value
+        if clip_value is not None:
+            nn.utils.clip_grad_value_(self.parameters.values(), clip_value)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+
+    def evaluate(
+        self,
+        span: Span,
+        step: int,
+        protocol: Protocol,
+        on_batch: Callable[[int], None],
+    ) -> tuple[PartResult, int]:
+        """Ranks each target among the training items; nothing is written."""
+        assert protocol == "causal", protocol
+        self.model.eval()
+        num_items = self.dataset.num_train_items
+        evaluation = self.config.evaluation
+        batches: list[EventBatch] = []
+        counts: list[RankCounts] = []
+        is_served: list[npt.NDArray[np.bool_]] = []
+        with torch.no_grad():
+            candidates = self._candidates()
+            for batch, _ in EventStream(self.dataset, span, self.config.data.batch_size).batches():
+                with self.clock("encode"):
+                    user_bD = self.represent_users(batch.slice(*self._bounds(batch)))
+                with self.clock("exchange"):
+                    (user_BD,) = self.exchange.gather_batch([user_bD], len(batch))
+                served_B = self.serves_users(batch) & (batch.item_index < num_items)
+                self._check_finite(user_BD, batch)
+                negatives_BM = draw_without_replacement(
+                    batch_generator(evaluation.seed, batch.first_position),
+                    num_items,
+                    batch.item_index,
+                    evaluation.num_negatives,
+                )
+                with self.clock("score"):
+                    counts.append(
+                        count_ranks(
+                            self.exchange,
+                            candidates,
+                            Ballot(
+                                users_BD=user_BD,
+                                targets_B=torch.from_numpy(batch.item_index).to(user_BD.device),
+                                num_seen=num_items,
+                                negatives_BM=torch.from_numpy(negatives_BM).to(user_BD.device),
+                                unseen_BD=torch.zeros_like(user_BD),
+                                absent_is_zero=False,
+                            ),
+                        )
+                    )
+                batches.append(batch)
+                is_served.append(served_B)
+                on_batch(len(batch))
+        result = PartResult.of(
+            self.dataset,
+            event_id=np.concatenate([batch.event_id for batch in batches]),
+            user_index=np.concatenate([batch.user_index for batch in batches]),
+            item_index=np.concatenate([batch.item_index for batch in batches]),
+            counts=RankCounts.concatenate(counts),
+            k=evaluation.k,
+            is_served=np.concatenate(is_served),
+        )
+        return result, step + len(batches)
+
+    def _bounds(self, batch: EventBatch) -> tuple[int, int]:
+        return slice_bounds(len(batch), self.world.rank, self.world.world_size)
+
+    def _candidates(self) -> CandidateMatrix:
+        """The vectors of every W-th training item."""
+        num_items = self.dataset.num_train_items
+        world = self.world
+        candidates = CandidateMatrix(world, num_items, self.tables.width, torch.float32)
+        # Looking up is a collective: every rank goes as many times round.
+        for start in range(0, -(-num_items // world.world_size), _ROWS_READ):
+            rows = np.arange(start, min(start + _ROWS_READ, len(candidates.rows_CD)))
+            vectors = self.represent_items(rows * world.world_size + world.rank)
+            candidates.rows_CD[start : start + len(rows)] = vectors
+            candidates.is_present_C[start : start + len(rows)] = True
+        return candidates
+
+    def _check_finite(self, user_BD: Tensor, batch: EventBatch) -> None:
+        """Nothing scores above a NaN: such an event would count as ranked perfectly."""
+        if not user_BD.isfinite().all():
+            last = batch.first_position + len(batch) - 1
+            raise TrainingError(
+                "a user's vector is not finite in evaluation",
+                where=f"events at positions {batch.first_position} to {last}",
+                expected="finite numbers only",
+                remedy="lower training.schedule.base_lr and go back to the last checkpoint",
+            )
+
+    def begin(self, generation: int, step: int) -> None:
+        """Nothing is kept in the cache."""
+
+    def flush(self) -> None:
+        """Nothing is on its way."""
+
+    def take_traffic(self) -> CacheTraffic | None:
+        return None
+
+    def check(self, where: str) -> None:
+        named = {**self.parameters, **self.tables.parameters}
+        check_finite(named, where)
+        self.exchange.check_equal(self.model.state_dict(), where=where)
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        dense = dict(self.model.named_parameters())
+        states = optimizer_state(self.optimizer, dense) if self.optimizer is not None else {}
+        return self.model.state_dict(), states
+
+    def write_tables(self, url: str) -> list[TablePart]:
+        states = (
+            optimizer_state(self.optimizer, self.tables.optimized)
+            if self.optimizer is not None
+            else {}
+        )
+        return self.tables.write(url, states)
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        self.model.load_state_dict(checkpoint.model)
+        states = self.tables.load(checkpoint)
+        if self.optimizer is not None:
+            dense = dict(self.model.named_parameters())
+            load_optimizer_state(self.optimizer, dense, checkpoint.optimizer)
+            load_optimizer_state(self.optimizer, self.tables.optimized, states)
+        check_finite({**self.parameters, **self.tables.parameters}, checkpoint.url)
+
+    def close(self) -> None:
+        """There are no threads."""
+
+
+def count_ranks(exchange: Exchange, candidates: CandidateMatrix, ballot: Ballot) -> RankCounts:
+    """Counts on each rank among its candidates; the sums are those of the whole catalogue."""
+    target_scores_B = exchange.sum(candidates.target_scores(ballot))
+    counts_4B = exchange.sum(candidates.count(ballot, target_scores_B))
+    above, tied, negatives_above, negatives_tied = counts_4B.cpu().numpy()
+    is_extra_B = (ballot.targets_B >= ballot.num_seen).cpu().numpy()
+    return RankCounts(
+        above=above,
+        tied=tied,
+        num_candidates=ballot.num_seen + is_extra_B.astype(np.int64),
+        negatives_above=negatives_above,
+        negatives_tied=negatives_tied,
+    )
