@@ -314,10 +314,10 @@ def evaluate(
 def _print_report(
     console: Console, experiment: ExperimentConfig, protocol: Literal["causal", "released"]
 ) -> None:
-    from felrec_dist.evaluation.result import metrics_table
-    from felrec_dist.training.run import read_report, report_url
+    from felrec_dist.evaluation.report import read_report, report_url
+    from felrec_dist.evaluation.result import FULL_METRICS, metrics_table
 
-    report = read_report(experiment, protocol)
+    report = read_report(experiment.run.url, protocol)
     if report.chance_loss is not None:
         console.print(
             f"training loss of this epoch {report.training_loss:.3f}, "
@@ -327,18 +327,20 @@ def _print_report(
     if not console.is_terminal:
         # A file or a pipe has no edge to cut figures off at.
         console.width = max(console.width, REPORT_WIDTH)
+    title = f"test, {protocol} protocol, {report.candidates} candidates, epoch {report.epoch + 1}"
     caption = "rank: 0 best, 1 worst, 0.5 chance" + (
-        "" if protocol == "causal" else "; most popular: causal protocol"
+        "" if protocol == "causal" else "; most and recently popular: causal protocol"
     )
+    console.print(metrics_table(title, report.rows, k=report.k, caption=caption))
     console.print(
         metrics_table(
-            f"test, {protocol} protocol, epoch {report.epoch + 1}",
+            "the same among all candidates, without sampling",
             report.rows,
             k=report.k,
-            caption=caption,
+            metrics=FULL_METRICS,
         )
     )
-    typer.echo(f"{report_url(experiment, protocol)}.json, .parquet")
+    typer.echo(f"{report_url(experiment.run.url, protocol)}.json, .parquet")
 
 
 def _column_number(text: str) -> int:

@@ -42,7 +42,7 @@ from felrec_dist.section import Section
 from felrec_dist.storage import exists, json_sha256, write_whole
 
 FORMAT = "felrec-dist checkpoint"
-VERSION = 2
+VERSION = 3
 MANIFEST = "manifest.json"
 CACHE_FOLDER = "cache"
 DENSE_FILES = ("model.safetensors", "optimizer.safetensors", "losses.safetensors")

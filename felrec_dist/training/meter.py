@@ -13,7 +13,7 @@ from torch import Tensor
 from felrec_dist.data.stream import EventBatch
 from felrec_dist.errors import NonFiniteLossError
 from felrec_dist.model.felrec import FELRec, ModelOutput
-from felrec_dist.training.clock import PhaseClock
+from felrec_dist.training.clock import PhaseClock, TrainingTimes
 from felrec_dist.training.exchange import Exchange
 from felrec_dist.training.metrics import RunLog
 from felrec_dist.training.representations import Representations
@@ -52,6 +52,7 @@ class StepMeter:
         representations: Representations,
         clock: PhaseClock,
         loader_clock: PhaseClock,
+        times: TrainingTimes,
         log: RunLog,
         epoch: int,
         first_global_step: int,
@@ -59,7 +60,7 @@ class StepMeter:
     ) -> None:
         """
         Args:
-            model, exchange, representations, clock, loader_clock: of the run.
+            model, exchange, representations, clock, loader_clock, times: of the run.
             log: takes what is read.
             epoch: for messages.
             first_global_step: training steps of all epochs before this one.
@@ -70,6 +71,7 @@ class StepMeter:
         self.representations = representations
         self.clock = clock
         self.loader_clock = loader_clock
+        self.times = times
         self.log = log
         self.epoch = epoch
         self.first_global_step = first_global_step
@@ -103,6 +105,7 @@ class StepMeter:
         _check_finite(losses_n2, steps_done - len(losses_n2), self.batch, self.epoch)
         seconds, loader_seconds = self.clock.take(), self.loader_clock.take()
         began, self.began = self.began, time.perf_counter()
+        self.times.add_steps(len(losses_n2), self.began - began)
         user_loss, item_loss = losses_n2.mean(axis=0)
         self.log.steps(
             self.first_global_step + steps_done,

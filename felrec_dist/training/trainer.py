@@ -6,6 +6,7 @@ does.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -47,7 +48,7 @@ from felrec_dist.training.checkpoint import (
     SnapshotChain,
     read_checkpoint,
 )
-from felrec_dist.training.clock import LOADER_PHASES, PhaseClock
+from felrec_dist.training.clock import LOADER_PHASES, PhaseClock, TrainingTimes
 from felrec_dist.training.config import DTYPES
 from felrec_dist.training.exchange import Exchange
 from felrec_dist.training.loader import BatchLoader
@@ -141,6 +142,7 @@ class Trainer:
         self.train_span = whole_batches(dataset.split.train, config.data.batch_size)
         self.store = CheckpointStore(config.run.url)
         self.clock = PhaseClock()
+        self.times = TrainingTimes()
         dtype = DTYPES[config.training.dtype]
 
         torch.manual_seed(config.training.seed)
@@ -243,11 +245,13 @@ class Trainer:
                     ),
                     losses,
                 )
+                total = metrics["total"]
                 loss = float(losses.total.mean())
                 chance = "" if self.chance_loss is None else f" (chance {self.chance_loss:.4f})"
                 self.progress.say(
                     f"{stage}: loss {loss:.4f}{chance}, validation rank {rank:.4f}, "
-                    f"HR@{config.evaluation.k} {100 * metrics['total'].hit_rate:.2f} %"
+                    f"HR@{config.evaluation.k} {100 * total.hit_rate:.2f} %"
+                    + ("" if total.is_complete else f", {total.num_served:,} events served")
                 )
             assert self.best is not None
             checkpoint = read_checkpoint(self.store.epoch_url(self.best.epoch))
@@ -289,6 +293,7 @@ class Trainer:
         Raises:
             RunStoppedError: ``should_stop`` said so on some rank.
         """
+        began = time.perf_counter()
         batch_size = self.config.data.batch_size
         first_step = 0 if done is None else len(done)
         if done is None:
@@ -303,6 +308,7 @@ class Trainer:
             representations=self.representations,
             clock=self.clock,
             loader_clock=self.loader_clock,
+            times=self.times,
             log=log,
             epoch=epoch,
             first_global_step=epoch * self.steps_per_epoch,
@@ -320,6 +326,8 @@ class Trainer:
                 meter.add(loaded.batch, output, rate)
                 self._after_step(epoch, step + 1, loaded.next_position.next_position, meter)
         self.representations.flush()
+        if done is None:
+            self.times.add_epoch(time.perf_counter() - began)
         _check_weights(self.model, f"after the last step of epoch {epoch}")
         return meter.losses
 
@@ -527,8 +535,9 @@ class Trainer:
             checkpoint = read_checkpoint(latest)
             position = checkpoint.position
             with _content_errors(checkpoint):
-                # Ranks of another protocol do not compare with those of the best epoch so far.
-                _check_equal(checkpoint, self.config, ("evaluation.protocol",))
+                # Other ranks do not compare with those of the best epoch so far.
+                scored = ("evaluation.protocol", "evaluation.candidates")
+                _check_equal(checkpoint, self.config, scored)
                 self.validation = [metrics_from_json(metrics) for metrics in checkpoint.validation]
             self.best = position.best
             if self.best is not None:

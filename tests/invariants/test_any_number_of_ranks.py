@@ -38,6 +38,8 @@ pytestmark = pytest.mark.ray
 # some of four ranks without one.
 NUM_EVENTS = 303
 
+RANKED = ("event_id", "partition", "is_served", "normalized_rank", "is_hit", "ndcg", "is_full_hit")
+
 
 @pytest.fixture(scope="module", autouse=True)
 def session() -> Iterator[None]:
@@ -62,7 +64,7 @@ class Outcome:
 
 
 def run_epochs(config: ExperimentConfig, dataset: PreparedDataset, client: CacheClient) -> Outcome:
-    """Two epochs with validation under both protocols."""
+    """Two epochs with validation and a test among the training items, under both protocols."""
     trainer = Trainer(config, dataset, client, World.current())
     log = RunLog(config.run.url, is_writer=False)
     losses, ranked = [], {}
@@ -73,8 +75,15 @@ def run_epochs(config: ExperimentConfig, dataset: PreparedDataset, client: Cache
             dataset.split.validation, trainer.steps_per_epoch, ["causal", "released"]
         )
         for protocol, result in results.items():
-            for name in ("event_id", "partition", "normalized_rank", "is_hit"):
+            for name in RANKED:
                 ranked[f"epoch {epoch}, {protocol}, {name}"] = getattr(result, name)
+    among_training = config.evaluation.model_copy(update={"candidates": "training"})
+    trainer.evaluator.config = among_training
+    results, step = trainer.evaluator.evaluate(dataset.split.test, step, ["causal", "released"])
+    for protocol, result in results.items():
+        assert not result.is_served.all(), "some targets must be new"
+        for name in RANKED:
+            ranked[f"among training items, {protocol}, {name}"] = getattr(result, name)
     client.flush()
     trainer.world.barrier()
     rows = {
