@@ -1,10 +1,11 @@
-"""The command ``felrec``: prepare, download, synthesize, train, evaluate, cache, benchmark."""
+"""The command ``felrec``: from raw events to tables of tested models."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -15,6 +16,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from felrec_dist.errors import ConfigError, FelrecError, RunStoppedError
 from launch.benchmark_cli import benchmark
 from launch.cache_cli import cache_app
+from launch.compare_cli import compare
 from launch.stopping import StopRequest, stop_requests
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ app = typer.Typer(
 )
 app.add_typer(cache_app, name="cache")
 app.command()(benchmark)
+app.command()(compare)
 
 IdKind = Literal["int", "string"]
 Unit = Literal["s", "ms", "us", "iso"]
@@ -371,7 +374,8 @@ class _Stages:
 @contextmanager
 def _stoppable(console: Console) -> Iterator[StopRequest]:
     """Ends after Ctrl-C and SIGTERM with a word on how to go on; Typer itself would say none."""
-    with stop_requests(console.print) as request:
+    # A signal may come while rich loads its table of emoji, when asking it for one would fail.
+    with stop_requests(partial(console.print, emoji=False)) as request:
         try:
             yield request
         except RunStoppedError as error:

@@ -95,11 +95,21 @@ def read_report(run_url: str, protocol: Protocol) -> TestReport:
 
     Raises:
         StorageError: it cannot be read.
-        InputError: it is none, or that of another felrec-dist.
+        InputError: there is none, or it is that of another felrec-dist.
     """
     url = f"{report_url(run_url, protocol)}.json"
-    with storage_errors("the report of a test cannot be read", url), fsspec.open(url, "rb") as file:
-        content = file.read()
+    with storage_errors("the report of a test cannot be read", url):
+        try:
+            with fsspec.open(url, "rb") as file:
+                content = file.read()
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise InputError(
+                f"the run has no report of a test under the {protocol} protocol",
+                where=url,
+                expected="the folder of a run that was tested",
+                remedy="felrec train leaves a report when it ends, felrec evaluate --protocol "
+                f"{protocol} at any time",
+            ) from error
     try:
         return TestReport.from_json(json.loads(content))
     except (KeyError, TypeError, ValueError, AttributeError) as error:

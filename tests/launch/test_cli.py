@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from functools import partial
 from io import StringIO
 from pathlib import Path
+from types import ModuleType
 
 import pyarrow.csv
 import pyarrow.parquet as pq
@@ -25,7 +26,7 @@ from felrec_dist.data.dataset import PreparedDataset
 from felrec_dist.errors import CheckpointError
 from felrec_dist.training.checkpoint import CheckpointStore, read_checkpoint
 from launch import local
-from launch.cli import _print_report
+from launch.cli import _print_report, _stoppable
 from launch.progress import TerminalProgress
 from tests import tiny
 from tests.launch.commands import Felrec, assert_failed
@@ -273,7 +274,7 @@ def test_wrong_usage_ends_with_2(felrec: Felrec, args: tuple[str, ...]) -> None:
 def test_help_names_the_commands(felrec: Felrec) -> None:
     ended = felrec("--help")
     assert ended.code == 0
-    for command in ("prepare", "download", "synthesize", "train", "evaluate", "cache"):
+    for command in ("prepare", "download", "synthesize", "train", "evaluate", "compare", "cache"):
         assert command in ended.out
         assert felrec(command, "--help").code == 0
 
@@ -312,6 +313,16 @@ def test_no_line_before_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
         progress.say("a line [with] brackets, longer than the page is wide: 0123456789")
     assert file.getvalue().endswith("wide: 0123456789\n")
     assert "a line [with] brackets, longer than the page is wide" in file.getvalue()
+
+
+def test_a_signal_may_come_while_rich_loads_its_emoji(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It does so with its first line, which may be that of the signal's handler."""
+    page = StringIO()
+    monkeypatch.setitem(sys.modules, "rich._emoji_codes", ModuleType("half loaded"))
+    with _stoppable(Console(file=page)) as request:
+        signal.raise_signal(signal.SIGINT)
+        assert request()
+    assert page.getvalue().startswith("SIGINT: stopping at the end of a step")
 
 
 def test_ctrl_c_stops_within_seconds_and_the_run_goes_on(
