@@ -96,7 +96,7 @@ def build(config: ExperimentConfig, dataset: PreparedDataset) -> Trainer:
         ("felrec-q", 1, "growing"),
         ("felrec-p", 0, "growing"),
         ("felrec-p", 1, "growing"),
-        ("felrec-q", 0, "training"),
+        ("felrec-q", 2, "training"),
     ],
 )
 def test_training_and_causal_ranks(
