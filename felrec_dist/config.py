@@ -109,6 +109,24 @@ class ExperimentConfig(Section):
         }
 
     @model_validator(mode="after")
+    def _baseline_can_do_it(self) -> ExperimentConfig:
+        variant = self.model.variant
+        if isinstance(self.model, ModelConfig):
+            return self
+        if not self.model.serves_new_items and self.evaluation.candidates != "training":
+            raise ValueError(
+                f"evaluation.candidates must be training: {variant} has no vectors of new items"
+            )
+        if self.evaluation.protocol != "causal":
+            raise ValueError(f"evaluation.protocol must be causal: {variant} has no other")
+        if self.training.dtype != "float32" or self.training.autocast != "off":
+            raise ValueError(
+                f"training.dtype must be float32 and training.autocast off: the tables of {variant} "
+                "are float32"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _slices_are_equal(self) -> ExperimentConfig:
         if self.data.batch_size % self.cluster.num_workers:
             raise ValueError(

@@ -1,10 +1,11 @@
-"""The command ``felrec``: prepare, download, synthesize, train, evaluate, cache, benchmark."""
+"""The command ``felrec``: from raw events to tables of tested models."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -15,6 +16,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from felrec_dist.errors import ConfigError, FelrecError, RunStoppedError
 from launch.benchmark_cli import benchmark
 from launch.cache_cli import cache_app
+from launch.compare_cli import compare
 from launch.stopping import StopRequest, stop_requests
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ app = typer.Typer(
 )
 app.add_typer(cache_app, name="cache")
 app.command()(benchmark)
+app.command()(compare)
 
 IdKind = Literal["int", "string"]
 Unit = Literal["s", "ms", "us", "iso"]
@@ -314,10 +317,10 @@ def evaluate(
 def _print_report(
     console: Console, experiment: ExperimentConfig, protocol: Literal["causal", "released"]
 ) -> None:
-    from felrec_dist.evaluation.result import metrics_table
-    from felrec_dist.training.run import read_report, report_url
+    from felrec_dist.evaluation.report import read_report, report_url
+    from felrec_dist.evaluation.result import FULL_METRICS, metrics_table
 
-    report = read_report(experiment, protocol)
+    report = read_report(experiment.run.url, protocol)
     if report.chance_loss is not None:
         console.print(
             f"training loss of this epoch {report.training_loss:.3f}, "
@@ -327,18 +330,20 @@ def _print_report(
     if not console.is_terminal:
         # A file or a pipe has no edge to cut figures off at.
         console.width = max(console.width, REPORT_WIDTH)
+    title = f"test, {protocol} protocol, {report.candidates} candidates, epoch {report.epoch + 1}"
     caption = "rank: 0 best, 1 worst, 0.5 chance" + (
-        "" if protocol == "causal" else "; most popular: causal protocol"
+        "" if protocol == "causal" else "; most and recently popular: causal protocol"
     )
+    console.print(metrics_table(title, report.rows, k=report.k, caption=caption))
     console.print(
         metrics_table(
-            f"test, {protocol} protocol, epoch {report.epoch + 1}",
+            "the same among all candidates, without sampling",
             report.rows,
             k=report.k,
-            caption=caption,
+            metrics=FULL_METRICS,
         )
     )
-    typer.echo(f"{report_url(experiment, protocol)}.json, .parquet")
+    typer.echo(f"{report_url(experiment.run.url, protocol)}.json, .parquet")
 
 
 def _column_number(text: str) -> int:
@@ -369,7 +374,8 @@ class _Stages:
 @contextmanager
 def _stoppable(console: Console) -> Iterator[StopRequest]:
     """Ends after Ctrl-C and SIGTERM with a word on how to go on; Typer itself would say none."""
-    with stop_requests(console.print) as request:
+    # A signal may come while rich loads its table of emoji, when asking it for one would fail.
+    with stop_requests(partial(console.print, emoji=False)) as request:
         try:
             yield request
         except RunStoppedError as error:

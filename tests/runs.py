@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -10,7 +11,6 @@ from torch import Tensor
 
 from cache_server.contents import snapshot_contents
 from felrec_dist.config import parse_config
-from felrec_dist.evaluation.result import read_json
 from felrec_dist.training.checkpoint import Checkpoint, CheckpointStore, read_checkpoint
 
 
@@ -71,7 +71,7 @@ def _of_tests(a: Path, b: Path) -> list[str]:
         pq.read_table(b / "test-causal.parquet")
     ):
         found.append("ranks of the test's events")
-    reports = [read_json(str(folder / "test-causal.json")) for folder in (a, b)]
+    reports = [json.loads((folder / "test-causal.json").read_text()) for folder in (a, b)]
     for key in ("epoch", "training_loss", "rows"):
         if reports[0][key] != reports[1][key]:
             found.append(f"test report: {key}")

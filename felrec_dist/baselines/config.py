@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -29,6 +29,7 @@ class TablesConfig(Section):
 class BPRMFConfig(Section):
     """Matrix factorisation (Rendle 2009)."""
 
+    serves_new_items: ClassVar[bool] = False
     variant: Literal["bpr-mf"]
     width: int = Field(128, ge=1)
     num_negatives: int = Field(1, ge=1, description="of each event")
@@ -41,6 +42,7 @@ class BPRMFConfig(Section):
 class NextItemConfig(Section):
     """What the models have in common that predict a history's items one after the other."""
 
+    serves_new_items: ClassVar[bool] = False
     loss: Literal["bpr", "softmax", "sampled-softmax"] = Field(
         "bpr", description="bpr as released; with a softmax these models are far stronger"
     )
@@ -70,6 +72,7 @@ class GRU4RecBPTTConfig(NextItemConfig):
 class GRU4RecConfig(Section):
     """GRUs that go on from event to event (Hidasi 2016); the state of a user is kept."""
 
+    serves_new_items: ClassVar[bool] = False
     variant: Literal["gru4rec"]
     width: int = Field(128, ge=1)
     num_layers: int = Field(3, ge=1)
@@ -87,6 +90,7 @@ class GRU4RecConfig(Section):
 class JODIEConfig(Section):
     """Two RNNs that update a user's and an item's state at each event (Kumar 2019)."""
 
+    serves_new_items: ClassVar[bool] = True
     variant: Literal["jodie", "jodie-released"]
     width: int = Field(128, ge=1)
 

@@ -1,7 +1,7 @@
 """Ranks by counting: how many candidates score above the target, how many tie with it.
 
-Normalized rank = (above + tied / 2) / max(1, C - 1) for C candidates, target included. HR@k = fewer
-than k of the sampled negatives rank before the target, a tie counting half.
+Rank = 1 + above + tied / 2. Normalized rank = (rank - 1) / max(1, C - 1) for C candidates, target
+included. HR@k = fewer than k of the sampled negatives rank before the target, a tie counting half.
 
 Shape legend: n events, B events of a batch, C candidates, M negatives.
 """
@@ -43,16 +43,26 @@ class RankCounts:
         return len(self.above)
 
     @property
+    def ranks(self) -> npt.NDArray[np.float64]:
+        """(n,) from 1, among all candidates; a tie counts half."""
+        return np.asarray(1.0 + self.above + 0.5 * self.tied)
+
+    @property
     def normalized_ranks(self) -> npt.NDArray[np.float64]:
         """(n,) 0 is best, 1 worst, 0.5 expected of random scores."""
-        return np.asarray(
-            (self.above + 0.5 * self.tied) / np.maximum(1, self.num_candidates - 1),
-            dtype=np.float64,
-        )
+        return np.asarray((self.ranks - 1.0) / np.maximum(1, self.num_candidates - 1))
 
     def hits(self, k: int) -> npt.NDArray[np.bool_]:
         """(n,) True where fewer than k negatives rank before the target."""
         return np.asarray(self.negatives_above + 0.5 * self.negatives_tied < k)
+
+    def full_hits(self, k: int) -> npt.NDArray[np.bool_]:
+        """(n,) True where the target is among the first k of all candidates."""
+        return np.asarray(self.ranks <= k)
+
+    def ndcg(self, k: int) -> npt.NDArray[np.float64]:
+        """(n,) NDCG@k of the one relevant item among all candidates: 1 best, 0 beyond k."""
+        return np.where(self.full_hits(k), 1.0 / np.log2(1.0 + self.ranks), 0.0)
 
     @classmethod
     def concatenate(cls, parts: list[RankCounts]) -> RankCounts:

@@ -9,6 +9,8 @@ each other only through history *ids*.
 seen up to the end of the batch from the cache: later events of a batch leak into the scores of
 earlier ones.
 
+With ``candidates = training`` only the items of the training part are candidates, under both.
+
 Shape legend: B events of a batch, b of this rank's slice, D width, M negatives.
 """
 
@@ -26,6 +28,7 @@ from torch.nn import functional as F
 from felrec_dist.data.dataset import PreparedDataset, Span
 from felrec_dist.data.stream import EventBatch, EventStream
 from felrec_dist.errors import TrainingError
+from felrec_dist.evaluation.candidate_set import Candidates, is_served, num_candidate_items
 from felrec_dist.evaluation.candidates import Ballot, CandidateMatrix
 from felrec_dist.evaluation.counts import RankCounts
 from felrec_dist.evaluation.negatives import (
@@ -48,6 +51,10 @@ class EvaluationConfig(Section):
     """How models are scored."""
 
     protocol: Protocol = "causal"
+    candidates: Candidates = Field(
+        "growing",
+        description="what targets are ranked among: all items seen, or those of the training part",
+    )
     num_negatives: int = Field(100, ge=1, description="sampled negatives of HR@k")
     k: int = Field(10, ge=1, description="k of HR@k")
     seed: int = Field(0, ge=0, description="of the negatives")
@@ -129,13 +136,14 @@ class Evaluator:
                 batch = loaded.batch
                 user_BD, item_BD = self._represent(loaded)
                 if "causal" in counts:
+                    num_candidates = self._num_candidate_items(num_seen)
                     ballot = self._ballot(
                         batch,
                         user_BD,
-                        num_seen,
+                        num_candidates,
                         draw_without_replacement(
                             batch_generator(self.config.seed, batch.first_position),
-                            num_seen,
+                            num_candidates,
                             batch.item_index,
                             self.config.num_negatives,
                         ),
@@ -151,13 +159,14 @@ class Evaluator:
                 num_seen = max(num_seen, int(batch.item_index.max()) + 1)
 
                 if "released" in counts:
+                    num_candidates = self._num_candidate_items(num_seen)
                     ballot = self._ballot(
                         batch,
                         user_BD[_last_of_same(batch.user)],
-                        num_seen,
+                        num_candidates,
                         draw_with_replacement(
                             batch_generator(self.config.seed, batch.first_position),
-                            num_seen,
+                            num_candidates,
                             len(batch),
                             self.config.num_negatives,
                         ),
@@ -168,18 +177,23 @@ class Evaluator:
                 step = loaded.step + 1
                 on_batch(len(batch))
 
+        item_index = np.concatenate([batch.item_index for batch in batches])
         results = {
             protocol: PartResult.of(
                 self.dataset,
                 event_id=np.concatenate([batch.event_id for batch in batches]),
                 user_index=np.concatenate([batch.user_index for batch in batches]),
-                item_index=np.concatenate([batch.item_index for batch in batches]),
+                item_index=item_index,
                 counts=RankCounts.concatenate(parts),
                 k=self.config.k,
+                is_served=is_served(self.config.candidates, self.dataset, item_index),
             )
             for protocol, parts in counts.items()
         }
         return results, step
+
+    def _num_candidate_items(self, num_seen: int) -> int:
+        return num_candidate_items(self.config.candidates, self.dataset, num_seen)
 
     def _represent(self, loaded: LoadedBatch) -> tuple[Tensor, Tensor]:
         """Returns the representations of the whole batch, (B, D) each; nothing is written."""
@@ -205,7 +219,7 @@ class Evaluator:
         self,
         batch: EventBatch,
         user_BD: Tensor,
-        num_seen: int,
+        num_candidates: int,
         negatives_BM: np.typing.NDArray[np.int64],
         *,
         absent_is_zero: bool,
@@ -216,7 +230,7 @@ class Evaluator:
         return Ballot(
             users_BD=F.normalize(user_BD, dim=1),
             targets_B=torch.from_numpy(batch.item_index).to(device),
-            num_seen=num_seen,
+            num_seen=num_candidates,
             negatives_BM=torch.from_numpy(negatives_BM).to(device),
             unseen_BD=F.normalize(unseen_BD, dim=1),
             absent_is_zero=absent_is_zero,

@@ -163,6 +163,11 @@ class FELRec(nn.Module):
             encoded_BD = self.encoder(history_BSD, packing, type_D, empty_BD, dropout_keys_B)
         return cast(Tensor, encoded_BD.to(type_D.dtype))
 
+    @property
+    def num_parameters(self) -> int:
+        """What is trained, as the paper's Table 1 counts it: neither the cache nor the queues."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad)
+
     def push_queues(self, *projections_BD: Tensor) -> None:
         """Takes the projections of the whole batch, in event order, after the loss."""
         assert not projections_BD, "this model has no queues"

@@ -1,7 +1,8 @@
-"""Where the time of a step goes."""
+"""Where the time of a step goes, and how long steps and epochs take."""
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,3 +34,33 @@ class PhaseClock:
         """Returns the seconds of each phase and starts anew."""
         taken, self._seconds = self._seconds, dict.fromkeys(self._phases, 0.0)
         return taken
+
+
+class TrainingTimes:
+    """Seconds of the training steps and epochs of this process.
+
+    Steps are timed together, from one reading of the losses to the next: on a GPU only then is it
+    sure that they are done.
+    """
+
+    def __init__(self) -> None:
+        self._steps: list[float] = []
+        self._epochs: list[float] = []
+
+    def add_steps(self, num_steps: int, seconds: float) -> None:
+        """Takes so many steps, one after the other, that took so long together."""
+        self._steps += [seconds / num_steps] * num_steps
+
+    def add_epoch(self, seconds: float) -> None:
+        """Takes a whole epoch's training, without its validation."""
+        self._epochs.append(seconds)
+
+    @property
+    def step_seconds(self) -> float | None:
+        """Median over the steps; None where this process trained none."""
+        return statistics.median(self._steps) if self._steps else None
+
+    @property
+    def epoch_seconds(self) -> float | None:
+        """Mean over the whole epochs; None where this process trained none."""
+        return statistics.fmean(self._epochs) if self._epochs else None

@@ -96,7 +96,7 @@ class FELRecTraining:
 
     @property
     def num_parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self.model.parameters())
+        return self.model.num_parameters
 
     @contextmanager
     def batches(self, epoch: int, first_step: int) -> Iterator[Iterator[LoadedBatch]]:

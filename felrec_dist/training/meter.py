@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from felrec_dist.errors import NonFiniteLossError
+from felrec_dist.training.clock import TrainingTimes
 from felrec_dist.training.exchange import Exchange
 from felrec_dist.training.metrics import RunLog
 from felrec_dist.training.recommender import Recommender, TrainingBatch
@@ -44,6 +45,7 @@ class StepMeter:
         *,
         recommender: Recommender[Any],
         exchange: Exchange,
+        times: TrainingTimes,
         log: RunLog,
         epoch: int,
         first_global_step: int,
@@ -51,7 +53,7 @@ class StepMeter:
     ) -> None:
         """
         Args:
-            recommender, exchange: of the run.
+            recommender, exchange, times: of the run.
             log: takes what is read.
             epoch: for messages.
             first_global_step: training steps of all epochs before this one.
@@ -59,6 +61,7 @@ class StepMeter:
         """
         self.recommender = recommender
         self.exchange = exchange
+        self.times = times
         self.log = log
         self.epoch = epoch
         self.first_global_step = first_global_step
@@ -90,6 +93,7 @@ class StepMeter:
         steps_done = sum(map(len, self.read_nk)) + len(losses_nk)
         self._check_finite(losses_nk, steps_done - len(losses_nk))
         began, self.began = self.began, time.perf_counter()
+        self.times.add_steps(len(losses_nk), self.began - began)
         means_k = losses_nk.mean(axis=0)
         self.log.steps(
             self.first_global_step + steps_done,

@@ -18,7 +18,7 @@ from torch.utils.tensorboard.summary import scalar
 
 from cache_server import ShardStats
 from felrec_dist.errors import StorageError, storage_errors
-from felrec_dist.evaluation.result import Metrics
+from felrec_dist.evaluation.result import METRICS, Metrics
 from felrec_dist.training.representations import CacheTraffic
 
 # An object store writes a file anew for every piece that is added to it.
@@ -121,16 +121,17 @@ class RunLog:
     def evaluation(
         self, part: str, global_step: int, metrics: Mapping[str, Metrics], *, k: int
     ) -> None:
-        """Logs normalized rank (0 best, 1 worst) and HR@k of each partition that has events."""
+        """Logs the metrics of each partition that has events which were served.
+
+        Where some were not, the tag ends in ``_served``.
+        """
+        names = {name: name if m.is_complete else f"{name}_served" for name, m in metrics.items()}
         self._write(
             {
-                f"{part}/{name}/{partition}": value
+                f"{part}/{kind.tag.format(k=k)}/{names[partition]}": kind.shown(m)
                 for partition, m in metrics.items()
-                if m.num_events
-                for name, value in (
-                    ("rank(0..1)", m.normalized_rank),
-                    (f"HR@{k}(%)", 100.0 * m.hit_rate),
-                )
+                if m.num_served
+                for kind in METRICS.values()
             },
             global_step,
         )

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 
@@ -17,75 +15,16 @@ from felrec_dist.errors import (
     DatasetError,
     FelrecError,
     TrainingError,
-    storage_errors,
 )
 from felrec_dist.evaluation.evaluator import Protocol
-from felrec_dist.evaluation.free_baselines import most_popular, random_scores
-from felrec_dist.evaluation.result import (
-    Metrics,
-    PartResult,
-    metrics_from_json,
-    metrics_to_json,
-    read_json,
-    write_json,
-)
+from felrec_dist.evaluation.free_baselines import most_popular, random_scores, recently_popular
+from felrec_dist.evaluation.report import TestReport, report_url, write_report
+from felrec_dist.evaluation.result import PartResult
 from felrec_dist.training.checkpoint import read_checkpoint
+from felrec_dist.training.clock import TrainingTimes
 from felrec_dist.training.host_memory import keep_freed_memory
 from felrec_dist.training.trainer import Progress, RunResult, Trainer
 from felrec_dist.training.world import World
-
-
-@dataclass(frozen=True)
-class TestReport:
-    """The test of a model beside baselines that need no training: ``evaluation/test-*.json``.
-
-    Attributes:
-        model: name of the model's row.
-        protocol: ``causal`` or ``released``.
-        k, num_negatives: of the hit rate.
-        checkpoint_url: what was tested.
-        epoch: the epoch that was tested, from 0.
-        training_loss: mean total loss of the epoch that was tested.
-        chance_loss: the total loss when all logits are equal; None where there is none.
-        rows: metrics by partition of each model.
-    """
-
-    model: str
-    protocol: Protocol
-    k: int
-    num_negatives: int
-    checkpoint_url: str
-    epoch: int
-    training_loss: float
-    chance_loss: float | None
-    rows: dict[str, dict[str, Metrics]]
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            **{name: value for name, value in asdict(self).items() if name != "rows"},
-            "rows": {model: metrics_to_json(metrics) for model, metrics in self.rows.items()},
-        }
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> TestReport:
-        rows = {model: metrics_from_json(metrics) for model, metrics in value["rows"].items()}
-        return cls(**{**value, "rows": rows})
-
-
-def report_url(config: ExperimentConfig, protocol: Protocol) -> str:
-    """Returns where the test report of a run is, without its ending (.json, .parquet)."""
-    return f"{config.run.url.rstrip('/')}/evaluation/test-{protocol}"
-
-
-def read_report(config: ExperimentConfig, protocol: Protocol) -> TestReport:
-    """Returns the report that ``run_training`` or ``run_evaluation`` left.
-
-    Raises:
-        StorageError: it cannot be read.
-    """
-    url = f"{report_url(config, protocol)}.json"
-    with storage_errors("the report of a test cannot be read", url):
-        return TestReport.from_json(read_json(url))
 
 
 def resolve_device(config: ExperimentConfig) -> torch.device:
@@ -130,6 +69,8 @@ def run_training(
             epoch=result.best.epoch,
             training_loss=result.training_loss,
             chance_loss=result.chance_loss,
+            num_parameters=trainer.recommender.num_parameters,
+            times=trainer.times,
         )
     world.barrier()
     return result
@@ -169,6 +110,8 @@ def run_evaluation(
             epoch=checkpoint.position.epoch,
             training_loss=checkpoint.training_loss,
             chance_loss=trainer.chance_loss,
+            num_parameters=trainer.recommender.num_parameters,
+            times=trainer.times,
         )
     world.barrier()
     return result
@@ -184,37 +127,41 @@ def _write_report(
     epoch: int,
     training_loss: float,
     chance_loss: float | None,
+    num_parameters: int,
+    times: TrainingTimes,
 ) -> None:
     evaluation = config.evaluation
-    metrics = result.metrics()
-    popular = most_popular(
-        dataset,
-        dataset.split.test,
-        batch_size=config.data.batch_size,
-        num_negatives=evaluation.num_negatives,
-        k=evaluation.k,
-        seed=evaluation.seed,
-    )
+    split, batch_size = dataset.split, config.data.batch_size
+    popular = most_popular(dataset, split.test, evaluation, batch_size=batch_size)
+    recent = recently_popular(dataset, split.test, evaluation, batch_size=batch_size)
+    chance = random_scores(popular, num_negatives=evaluation.num_negatives, k=evaluation.k)
     report = TestReport(
         model=config.model.variant,
+        dataset=dataset.name,
+        dataset_digest=dataset.digest,
+        split=[len(split.train), len(split.validation), len(split.test)],
         protocol=protocol,
+        candidates=evaluation.candidates,
         k=evaluation.k,
         num_negatives=evaluation.num_negatives,
+        seed=evaluation.seed,
+        batch_size=batch_size,
         checkpoint_url=checkpoint_url,
         epoch=epoch,
         training_loss=training_loss,
         chance_loss=chance_loss,
+        num_parameters=num_parameters,
+        step_seconds=times.step_seconds,
+        epoch_seconds=times.epoch_seconds,
         rows={
-            config.model.variant: metrics,
+            config.model.variant: result.metrics(),
             "most popular": popular.metrics(),
-            "random": random_scores(
-                metrics, num_negatives=evaluation.num_negatives, k=evaluation.k
-            ),
+            "recently popular": recent.metrics(),
+            "random": chance,
         },
     )
-    url = report_url(config, protocol)
-    result.write_parquet(f"{url}.parquet")
-    write_json(f"{url}.json", report.to_json())
+    result.write_parquet(f"{report_url(config.run.url, protocol)}.parquet")
+    write_report(config.run.url, report)
 
 
 def _open(config: ExperimentConfig, world: World) -> PreparedDataset:
@@ -231,7 +178,23 @@ def _open(config: ExperimentConfig, world: World) -> PreparedDataset:
                 where=dataset.url,
                 remedy=f"prepare it with a larger --{name}-fraction",
             )
+    _check_some_are_served(config, dataset)
     return dataset
+
+
+def _check_some_are_served(config: ExperimentConfig, dataset: PreparedDataset) -> None:
+    """A mean over no events is no rank to choose an epoch by."""
+    items = dataset.items
+    for name, counts_I in (("validation", items.validation_counts), ("test", items.test_counts)):
+        if config.evaluation.candidates == "training" and not (
+            counts_I[: dataset.num_train_items].any()
+        ):
+            raise DatasetError(
+                f"no event of the {name} part has an item of the training part",
+                where=dataset.url,
+                expected="some, because only such items are candidates",
+                remedy="set evaluation.candidates=growing, or prepare it with other fractions",
+            )
 
 
 @contextmanager

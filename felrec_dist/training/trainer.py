@@ -6,6 +6,7 @@ does.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -40,6 +41,7 @@ from felrec_dist.training.checkpoint import (
     TablePart,
     read_checkpoint,
 )
+from felrec_dist.training.clock import TrainingTimes
 from felrec_dist.training.exchange import Exchange
 from felrec_dist.training.meter import EpochLosses, StepMeter
 from felrec_dist.training.metrics import RunLog
@@ -128,6 +130,7 @@ class Trainer:
         self.validation: list[dict[str, Metrics]] = []
         self._chain: SnapshotChain | None = None
         self.store = CheckpointStore(config.run.url)
+        self.times = TrainingTimes()
         self.recommender = build_recommender(config, dataset, client, world)
         self.exchange = Exchange(world)
 
@@ -185,11 +188,13 @@ class Trainer:
                     ),
                     losses,
                 )
+                total = metrics["total"]
                 loss = float(losses.total.mean())
                 chance = "" if self.chance_loss is None else f" (chance {self.chance_loss:.4f})"
                 self.progress.say(
                     f"{stage}: loss {loss:.4f}{chance}, validation rank {rank:.4f}, "
-                    f"HR@{config.evaluation.k} {100 * metrics['total'].hit_rate:.2f} %"
+                    f"HR@{config.evaluation.k} {100 * total.hit_rate:.2f} %"
+                    + ("" if total.is_complete else f", {total.num_served:,} events served")
                 )
             assert self.best is not None
             checkpoint = read_checkpoint(self.store.epoch_url(self.best.epoch))
@@ -231,6 +236,7 @@ class Trainer:
         Raises:
             RunStoppedError: ``should_stop`` said so on some rank.
         """
+        began = time.perf_counter()
         batch_size = self.config.data.batch_size
         first_step = 0 if done is None else len(done)
         if done is None:
@@ -240,6 +246,7 @@ class Trainer:
         meter = StepMeter(
             recommender=self.recommender,
             exchange=self.exchange,
+            times=self.times,
             log=log,
             epoch=epoch,
             first_global_step=epoch * self.steps_per_epoch,
@@ -256,6 +263,8 @@ class Trainer:
                 meter.add(batch, losses_k, rate)
                 self._after_step(epoch, step + 1, batch.next_position, meter)
         self.recommender.flush()
+        if done is None:
+            self.times.add_epoch(time.perf_counter() - began)
         self.recommender.check(f"after the last step of epoch {epoch}")
         return meter.losses
 
@@ -473,8 +482,9 @@ class Trainer:
             checkpoint = read_checkpoint(latest)
             position = checkpoint.position
             with _content_errors(checkpoint):
-                # Ranks of another protocol do not compare with those of the best epoch so far.
-                _check_equal(checkpoint, self.config, ("evaluation.protocol",))
+                # Other ranks do not compare with those of the best epoch so far.
+                scored = ("evaluation.protocol", "evaluation.candidates")
+                _check_equal(checkpoint, self.config, scored)
                 self.validation = [metrics_from_json(metrics) for metrics in checkpoint.validation]
             self.best = position.best
             if self.best is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -80,6 +82,29 @@ def test_best_middle_and_worst_rank() -> None:
 def test_hit_when_fewer_than_k_rank_before_a_tie_counting_half() -> None:
     counts = counts_of(negatives_above=[9, 10, 9, 9, 0, 0], negatives_tied=[0, 0, 1, 2, 19, 20])
     assert counts.hits(10).tolist() == [True, False, True, False, True, False]
+
+
+def test_metrics_at_the_full_catalogue() -> None:
+    """Ranks 1, 3, 3.5, 4 and 1.5; of the first three places the tie over the edge has none."""
+    counts = counts_of(above=[0, 2, 2, 3, 0], tied=[0, 0, 1, 0, 1])
+    assert counts.ranks.tolist() == [1.0, 3.0, 3.5, 4.0, 1.5]
+    assert counts.full_hits(3).tolist() == [True, True, False, False, True]
+    expected = [1.0, 0.5, 0.0, 0.0, 1 / math.log2(2.5)]
+    assert counts.ndcg(3).tolist() == pytest.approx(expected, rel=1e-15)
+
+
+@pytest.mark.parametrize("k", [1, 3, 20])
+def test_ndcg_against_its_definition(k: int) -> None:
+    """DCG@k of the sorted relevances over that of the best order, without ties."""
+    generator = np.random.default_rng(k)
+    scores_BC = generator.permuted(np.tile(np.arange(12.0), (50, 1)), axis=1)
+    target_B = generator.integers(0, 12, 50)
+    above_B = (scores_BC > scores_BC[np.arange(50), target_B][:, None]).sum(axis=1)
+    counts = counts_of(above=above_B.tolist(), tied=[0] * 50)
+    relevance_BC = (np.argsort(-scores_BC, axis=1) == target_B[:, None])[:, :k]
+    discount_C = 1 / np.log2(np.arange(2, 14))[:k]
+    np.testing.assert_allclose(counts.ndcg(k), relevance_BC @ discount_C / discount_C[0])
+    np.testing.assert_array_equal(counts.full_hits(k), relevance_BC.any(axis=1))
 
 
 def test_concatenation() -> None:

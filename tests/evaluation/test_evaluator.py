@@ -7,10 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from torch.nn import functional as F
 
 from felrec_dist.data.stream import EventStream
-from felrec_dist.evaluation.counts import RankCounts
-from felrec_dist.evaluation.evaluator import Protocol
+from felrec_dist.evaluation.counts import TIE_TOLERANCE, RankCounts
+from felrec_dist.evaluation.evaluator import EvaluationConfig, Protocol
 from felrec_dist.evaluation.negatives import batch_generator, draw_with_replacement
 from felrec_dist.training.metrics import RunLog
 from felrec_dist.training.trainer import Trainer
@@ -78,6 +80,41 @@ def test_released_has_all_items_up_to_the_end_of_the_batch(tmp_path: Path) -> No
             events += 1
     assert events == len(span)
     assert (released.num_candidates != causal.num_candidates).any()
+
+
+def test_among_training_items_no_other_item_counts(tmp_path: Path) -> None:
+    """Against the cache as it is after the last batch, which is what ``released`` scores."""
+    trainer = trained(tmp_path / "data")
+    dataset, span = trainer.dataset, trainer.dataset.split.validation
+    tiny.felrec_of(trainer).evaluator.config = EvaluationConfig(
+        candidates="training", num_negatives=5, k=2
+    )
+    step = trainer.steps_per_epoch
+    results, step = tiny.felrec_of(trainer).evaluator.evaluate(span, step, ["causal", "released"])
+    causal, released = results["causal"], results["released"]
+    *_, (batch, _) = EventStream(dataset, span, BATCH).batches()
+    num_train = dataset.num_train_items
+    assert num_train < len(dataset.items)
+    user_ids, user_of_event = np.unique(batch.user, return_inverse=True)
+    rows = trainer.client.fetch(step, {"user": user_ids, "item": dataset.items.ids})
+    users_BD = F.normalize(torch.from_numpy(rows["user"].rows)[user_of_event])
+    items_ID = F.normalize(torch.from_numpy(rows["item"].rows))  # zero where there is none
+    scores_BI = users_BD @ items_ID[:num_train].T
+    generator = batch_generator(0, batch.first_position)
+    negatives_BM = draw_with_replacement(generator, num_train, len(batch), num_negatives=5)
+    num_checked = 0
+    first = len(span) - len(batch)
+    for row, target in enumerate(batch.item_index.tolist()):
+        event = first + row
+        assert causal.is_served[event] == released.is_served[event] == (target < num_train)
+        if target < num_train:
+            num_checked += 1
+            assert causal.counts.num_candidates[event] == num_train
+            assert released.counts.num_candidates[event] == num_train
+            above_I = scores_BI[row] > scores_BI[row, target] + TIE_TOLERANCE[scores_BI.dtype]
+            assert released.counts.above[event] == int(above_I.sum())
+            assert released.counts.negatives_above[event] == int(above_I[negatives_BM[row]].sum())
+    assert 0 < num_checked < len(batch)
 
 
 def test_the_model_goes_on_in_the_mode_it_was_in(tmp_path: Path) -> None:

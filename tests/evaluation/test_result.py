@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+from dataclasses import astuple
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -13,11 +14,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
+from rich.table import Table
 
 from felrec_dist.data.dataset import PreparedDataset
 from felrec_dist.evaluation.counts import RankCounts
 from felrec_dist.evaluation.free_baselines import random_scores
 from felrec_dist.evaluation.result import (
+    FULL_METRICS,
     PARTITIONS,
     Metrics,
     PartResult,
@@ -25,7 +28,6 @@ from felrec_dist.evaluation.result import (
     metrics_table,
     metrics_to_json,
     partition_of,
-    read_json,
     write_json,
 )
 
@@ -33,7 +35,7 @@ TRAINED = cast(PreparedDataset, SimpleNamespace(num_train_users=3, num_train_ite
 """A data set whose training part has the users 0 to 2 and the items 0 and 1."""
 
 
-def some_result() -> PartResult:
+def some_result(is_served: list[bool] | None = None) -> PartResult:
     """Two observed events and one of a new user; no new item."""
     return PartResult.of(
         TRAINED,
@@ -48,7 +50,11 @@ def some_result() -> PartResult:
             negatives_tied=np.array([0, 0, 1]),
         ),
         k=3,
+        is_served=None if is_served is None else np.array(is_served),
     )
+
+
+NAN = float("nan")
 
 
 def test_partitions_are_relative_to_training() -> None:
@@ -65,26 +71,35 @@ def test_partitions_are_relative_to_training() -> None:
 
 
 def test_metrics_are_means_by_partition() -> None:
+    """Ranks 1, 3 (a tie in its middle) and 4, of 5 candidates."""
     metrics = some_result().metrics()
     assert list(metrics) == [*PARTITIONS, "total"]
-    assert metrics["observed"] == Metrics(2, (0.0 + 0.75) / 2, 1.0)
-    assert metrics["new_users"] == Metrics(1, 0.5, 1.0)
-    assert metrics["total"].normalized_rank == pytest.approx(1.25 / 3)
-    assert metrics["total"].hit_rate == 1.0
-    empty = metrics["new_items"]
-    assert empty.num_events == 0
-    assert math.isnan(empty.normalized_rank)
-    assert math.isnan(empty.hit_rate)
+    assert metrics["observed"] == Metrics(2, 2, (0.0 + 0.75) / 2, 1.0, (1 + 1 / 4) / 2, 0.5, 0.5)
+    assert metrics["new_users"] == Metrics(1, 1, 0.5, 1.0, 1 / 3, 1 / math.log2(4), 1.0)
+    expected = Metrics(3, 3, 1.25 / 3, 1.0, (1 + 1 / 3 + 1 / 4) / 3, 1.5 / 3, 2 / 3)
+    assert astuple(metrics["total"]) == pytest.approx(astuple(expected))
+    assert repr(metrics["new_items"]) == repr(Metrics(0, 0, *[NAN] * 5))
+
+
+def test_means_are_over_the_events_that_were_served() -> None:
+    """All of the new users' events, one of two of the others: only the first is complete."""
+    metrics = some_result([False, True, True]).metrics()
+    assert metrics["observed"] == Metrics(2, 1, 0.75, 1.0, 1 / 4, 0.0, 0.0)
+    assert metrics["new_users"] == some_result().metrics()["new_users"]
+    assert (metrics["total"].num_events, metrics["total"].num_served) == (3, 2)
+    assert metrics["total"].normalized_rank == 1.25 / 2
+    assert [name for name, m in metrics.items() if m.is_complete] == ["new_users"]
+    nothing = some_result([False, True, False]).metrics()["observed"]
+    assert repr(nothing) == repr(Metrics(2, 0, *[NAN] * 5))
 
 
 def test_json_round_trip_with_an_empty_partition(tmp_path: Path) -> None:
     metrics = some_result().metrics()
-    url = str(tmp_path / "metrics.json")
-    write_json(url, metrics_to_json(metrics))
+    write_json(str(tmp_path / "metrics.json"), metrics_to_json(metrics))
     text = (tmp_path / "metrics.json").read_text()
     assert "NaN" not in text
     assert json.loads(text)["new_items"]["hit_rate"] is None
-    found = metrics_from_json(read_json(url))
+    found = metrics_from_json(json.loads(text))
     # NaN is unequal to itself; as text it is not.
     assert repr(found) == repr(metrics)
 
@@ -97,40 +112,82 @@ def test_parquet_has_one_row_an_event(tmp_path: Path) -> None:
         "partition": ["observed", "new_users", "observed"],
         "rank": [0.0, 0.5, 0.75],
         "hit": [True, True, True],
+        "reciprocal_rank": [1.0, 1 / 3, 1 / 4],
+        "ndcg": [1.0, 1 / math.log2(4), 0.0],
+        "full_hit": [True, True, False],
     }
+    some_result([True, False, True]).write_parquet(url)
+    columns = pq.read_table(url).to_pydict()
+    assert columns["partition"] == ["observed", "new_users", "observed"]
+    for name in ("rank", "hit", "reciprocal_rank", "ndcg", "full_hit"):
+        assert [value is None for value in columns[name]] == [False, True, False]
+
+
+def shown(table: Table) -> list[str]:
+    """The lines of a table as a file has them."""
+    console = Console(width=120, file=io.StringIO(), record=True)
+    console.print(table)
+    return console.export_text().splitlines()
 
 
 def test_a_table_of_models() -> None:
-    rows = {"felrec-q": some_result().metrics(), "random": some_result().metrics()}
-    console = Console(width=120, file=io.StringIO(), record=True)
-    console.print(metrics_table("the test", rows, k=3, caption="causal"))
-    text = console.export_text()
-    for expected in ("the test", "causal", "felrec-q", "random", "new items", "HR@3 %", "2 events"):
+    partial = some_result([False, True, True]).metrics()
+    rows = {"felrec-q": some_result().metrics(), "other": partial}
+    lines = shown(metrics_table("the test", rows, k=3, caption="causal"))
+    text = "\n".join(lines)
+    for expected in ("the test", "causal", "new items", "2 events", "rank  HR@3 %"):
         assert expected in text
-    assert "0.375  100.00" in text
-    assert "nan" not in text
+    whole, part = (line for line in lines if "felrec-q" in line or "other" in line)
+    assert whole.split("│")[2:-1] == [
+        " 0.375  100.00 ",
+        " 0.500  100.00 ",
+        "             - ",
+        " 0.417  100.00 ",
+    ]
+    # Half of the observed events are no basis of comparison, nor are two of three in all.
+    assert [cell.strip() for cell in part.split("│")[2:-1]] == ["-", "0.500  100.00", "-", "-"]
 
 
-def test_random_scores_have_a_closed_form() -> None:
-    expected = random_scores(some_result().metrics(), num_negatives=99, k=10)
-    assert expected["observed"] == Metrics(2, 0.5, 0.1)
-    assert expected["total"] == Metrics(3, 0.5, 0.1)
-    assert math.isnan(expected["new_items"].normalized_rank), "no events have no mean"
-    assert math.isnan(expected["new_items"].hit_rate)
-    few = random_scores(some_result().metrics(), num_negatives=4, k=10)
-    assert few["observed"].hit_rate == 1.0
+def test_a_table_of_the_full_catalogue_has_its_own_hit_rate() -> None:
+    table = metrics_table("", {"a": some_result().metrics()}, k=3, metrics=FULL_METRICS)
+    lines = shown(table)
+    heading = next(line for line in lines if "MRR" in line)
+    assert heading.count("MRR  NDCG@3  HR@3 %") == 4
+    above = lines[lines.index(heading) - 1]
+    assert above.count("full") == 4
+    assert "0.625   0.500   50.00" in next(line for line in lines if "│ a" in line)
 
 
-def test_random_scores_agree_with_a_draw() -> None:
-    """10 of 100 hits, ranks of mean one half: against ranks drawn at random."""
-    generator = np.random.default_rng(0)
-    num_events, num_negatives, k = 40_000, 19, 5
-    scores = generator.random((num_events, num_negatives + 1))
-    above = (scores[:, 1:] > scores[:, :1]).sum(axis=1)
-    zeros = np.zeros(num_events, dtype=np.int64)
-    counts = RankCounts(above, zeros, zeros + num_negatives + 1, above, zeros)
-    expected = random_scores(
-        {"total": Metrics(num_events, 0.0, 0.0)}, num_negatives=num_negatives, k=k
-    )["total"]
-    assert counts.hits(k).mean() == pytest.approx(expected.hit_rate, abs=0.01)
-    assert counts.normalized_ranks.mean() == pytest.approx(expected.normalized_rank, abs=0.01)
+def uniform_ranks(num_candidates: int, copies: int) -> PartResult:
+    """Every rank equally often, of one partition, all candidates being negatives."""
+    above = np.tile(np.arange(num_candidates), copies)
+    zeros = np.zeros_like(above)
+    return PartResult.of(
+        TRAINED,
+        event_id=zeros,
+        user_index=zeros,
+        item_index=zeros,
+        counts=RankCounts(above, zeros, zeros + num_candidates, above, zeros),
+        k=3,
+    )
+
+
+@pytest.mark.parametrize("num_candidates", [1, 2, 3, 4, 50])
+def test_random_scores_are_the_mean_over_all_ranks(num_candidates: int) -> None:
+    result = uniform_ranks(num_candidates, 2)
+    found = random_scores(result, num_negatives=num_candidates + 1, k=3)
+    for name, m in result.metrics().items():
+        assert astuple(found[name]) == pytest.approx(astuple(m), nan_ok=True), name
+
+
+def test_random_scores_of_fewer_negatives_than_candidates() -> None:
+    total = random_scores(uniform_ranks(50, 1), num_negatives=19, k=5)["total"]
+    assert total.hit_rate == 5 / 20
+    assert total.full_hit_rate == pytest.approx(5 / 50)
+
+
+def test_random_scores_serve_what_they_are_like() -> None:
+    like = some_result([False, True, True])
+    found = random_scores(like, num_negatives=100, k=3)
+    for name, m in like.metrics().items():
+        assert (found[name].num_events, found[name].num_served) == (m.num_events, m.num_served)

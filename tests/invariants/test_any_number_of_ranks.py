@@ -38,6 +38,8 @@ pytestmark = pytest.mark.ray
 # some of four ranks without one.
 NUM_EVENTS = 303
 
+RANKED = ("event_id", "partition", "is_served", "normalized_rank", "is_hit", "ndcg", "is_full_hit")
+
 
 @pytest.fixture(scope="module", autouse=True)
 def session() -> Iterator[None]:
@@ -62,17 +64,20 @@ class Outcome:
 
 
 def run_epochs(config: ExperimentConfig, dataset: PreparedDataset, client: CacheClient) -> Outcome:
-    """Two epochs with validation under both protocols."""
+    """Two epochs, each with validation under both protocols and among one set of candidates."""
     trainer = Trainer(config, dataset, client, World.current())
     log = RunLog(config.run.url, is_writer=False)
     losses, ranked = [], {}
-    for epoch in range(2):
+    for epoch, candidates in enumerate(("growing", "training")):
         losses.append(trainer.train_epoch(epoch, log).losses_nk)
-        results, step = tiny.felrec_of(trainer).evaluator.evaluate(
+        evaluator = tiny.felrec_of(trainer).evaluator
+        evaluator.config = config.evaluation.model_copy(update={"candidates": candidates})
+        results, step = evaluator.evaluate(
             dataset.split.validation, trainer.steps_per_epoch, ["causal", "released"]
         )
         for protocol, result in results.items():
-            for name in ("event_id", "partition", "normalized_rank", "is_hit"):
+            assert result.is_served.all() == (candidates == "growing"), "some items must be new"
+            for name in RANKED:
                 ranked[f"epoch {epoch}, {protocol}, {name}"] = getattr(result, name)
     client.flush()
     trainer.world.barrier()

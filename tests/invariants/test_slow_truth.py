@@ -49,7 +49,9 @@ def random_stream(
     return dataset, events
 
 
-def experiment(path: Path, dataset: PreparedDataset, variant: str) -> ExperimentConfig:
+def experiment(
+    path: Path, dataset: PreparedDataset, variant: str, candidates: str
+) -> ExperimentConfig:
     return parse_config(
         {
             "data": {"url": dataset.url, "batch_size": BATCH},
@@ -71,6 +73,7 @@ def experiment(path: Path, dataset: PreparedDataset, variant: str) -> Experiment
                 "schedule": {"epochs": 2, "warmup_epochs": 1, "base_lr": 0.05},
                 "dtype": "float64",
             },
+            "evaluation": {"candidates": candidates},
         },
         where="test",
     )
@@ -87,11 +90,21 @@ def build(config: ExperimentConfig, dataset: PreparedDataset) -> Trainer:
     return Trainer(config, dataset, CacheClient(transport, timeout_s=5.0), World.current())
 
 
-@pytest.mark.parametrize("variant", ["felrec-q", "felrec-p"])
-@pytest.mark.parametrize("seed", [0, 1])
-def test_training_and_causal_ranks(tmp_path: Path, variant: str, seed: int) -> None:
+@pytest.mark.parametrize(
+    ("variant", "seed", "candidates"),
+    [
+        ("felrec-q", 0, "growing"),
+        ("felrec-q", 1, "growing"),
+        ("felrec-p", 0, "growing"),
+        ("felrec-p", 1, "growing"),
+        ("felrec-q", 2, "training"),
+    ],
+)
+def test_training_and_causal_ranks(
+    tmp_path: Path, variant: str, seed: int, candidates: str
+) -> None:
     dataset, events = random_stream(tmp_path, seed)
-    config = experiment(tmp_path, dataset, variant)
+    config = experiment(tmp_path, dataset, variant, candidates)
     trainer = build(config, dataset)
     slow = tiny.felrec_of(build(config, dataset))  # the same seed: the same initial weights
     slow.model.train()
@@ -143,7 +156,8 @@ def test_training_and_causal_ranks(tmp_path: Path, variant: str, seed: int) -> N
     with torch.no_grad():
         for batch, _ in EventStream(dataset, span, BATCH).batches():
             start, stop = batch.first_position, batch.first_position + len(batch)
-            seen = list({event.item for event in events[:start]})
+            last = start if candidates == "growing" else dataset.split.train.stop
+            seen = list({event.item for event in events[:last]})
             users, items = truth.represent_batch(start, stop)
             expected_counts += truth.causal_counts(start, users, seen)
             truth.write_batch(start, stop, users, items)
@@ -153,7 +167,14 @@ def test_training_and_causal_ranks(tmp_path: Path, variant: str, seed: int) -> N
             counts.above.tolist(), counts.tied.tolist(), counts.num_candidates.tolist(), strict=True
         )
     )
-    assert found == expected_counts
+    in_training = {event.item for event in events[: dataset.split.train.stop]}
+    targets = [event.item for event in events[span.start : span.stop]]
+    is_served = [candidates == "growing" or target in in_training for target in targets]
+    assert result.is_served.tolist() == is_served
+    assert all(is_served) == (candidates == "growing"), "some targets must be new"
+    for event, counted in enumerate(found):
+        if is_served[event]:
+            assert counted == expected_counts[event]
 
 
 def slow_loss(

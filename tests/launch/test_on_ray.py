@@ -65,14 +65,15 @@ def test_runs_to_its_test_table(data: Path, tmp_path: Path) -> None:
     assert f"--logdir {folder}/tensorboard" in output
     report = json.loads((folder / "evaluation/test-causal.json").read_text())
     rows = report["rows"]
-    assert set(rows) == {"felrec-q", "most popular", "random"}
+    assert set(rows) == {"felrec-q", "most popular", "recently popular", "random"}
     for metrics in rows.values():
         counts = {name: part["num_events"] for name, part in metrics.items()}
         assert counts == {"observed": 1344, "new_users": 8507, "new_items": 149, "total": 10_000}
     # Counted once with a script of its own; popularity is no business of the model.
     assert rows["most popular"]["total"]["normalized_rank"] == pytest.approx(0.215, abs=0.005)
     events = pq.read_table(folder / "evaluation/test-causal.parquet")
-    assert events.column_names == ["event_id", "partition", "rank", "hit"]
+    columns = ["event_id", "partition", "rank", "hit", "reciprocal_rank", "ndcg", "full_hit"]
+    assert events.column_names == columns
     assert events.num_rows == 10_000
     manifest = json.loads((folder / "checkpoints/epoch-0000/manifest.json").read_text())
     users = [part for part in manifest["cache_parts"] if part["table"] == "user"]

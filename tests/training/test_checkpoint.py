@@ -428,7 +428,7 @@ def rewrite(url: str, change: Callable[[dict[str, Any]], None], *, with_digest: 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m.update(version=1), r"of another version\n.*\n  got: 1\n  expected: 3"),
+        (lambda m: m.update(version=2), r"of another version\n.*\n  got: 2\n  expected: 3"),
         (lambda m: m.pop("version"), r"of another version"),
         (lambda m: m.update(format="else"), r"this is not a checkpoint\n.*\n.*'felrec-dist"),
         (lambda m: m.pop("format"), r"this is not a checkpoint"),

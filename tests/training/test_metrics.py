@@ -11,7 +11,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from felrec_dist.data.dataset import PreparedDataset
-from felrec_dist.training.clock import LOADER_PHASES, STEP_PHASES, PhaseClock
+from felrec_dist.evaluation.result import Metrics
+from felrec_dist.training.clock import LOADER_PHASES, STEP_PHASES, PhaseClock, TrainingTimes
 from felrec_dist.training.metrics import RunLog
 from felrec_dist.training.trainer import NoProgress
 from tests import tiny
@@ -56,7 +57,7 @@ def read(folder: Path) -> dict[str, dict[int, float]]:
 
 
 def evaluation_tags(part: str, partitions: tuple[str, ...] = PARTITIONS) -> set[str]:
-    kinds = ("rank(0..1)", "HR@10(%)")
+    kinds = ("rank(0..1)", "HR@10(%)", "MRR", "NDCG@10", "full_HR@10(%)")
     return {f"{part}/{kind}/{partition}" for kind in kinds for partition in partitions}
 
 
@@ -112,6 +113,23 @@ def test_a_run_logs_every_figure(dataset: PreparedDataset, tmp_path: Path, varia
     found_rank = scalars["test/rank(0..1)/total"][45]
     assert found_rank == pytest.approx(metrics.normalized_rank, rel=1e-5)
     assert scalars["test/HR@10(%)/total"][45] == pytest.approx(100 * metrics.hit_rate, rel=1e-5)
+    assert scalars["test/MRR/total"][45] == pytest.approx(metrics.mrr, rel=1e-5)
+    assert scalars["test/NDCG@10/total"][45] == pytest.approx(metrics.ndcg, rel=1e-5)
+    full_hits = scalars["test/full_HR@10(%)/total"][45]
+    assert full_hits == pytest.approx(100 * metrics.full_hit_rate, rel=1e-5)
+
+
+def test_a_mean_over_some_events_says_so(tmp_path: Path) -> None:
+    log = RunLog(str(tmp_path), is_writer=True)
+    metrics = {
+        "observed": Metrics(4, 4, 0.25, 0.5, 0.1, 0.2, 0.3),
+        "new_items": Metrics(2, 0, *[math.nan] * 5),
+        "total": Metrics(6, 4, 0.25, 0.5, 0.1, 0.2, 0.3),
+    }
+    log.evaluation("validation", 7, metrics, k=10)
+    log.close()
+    tags = read(tmp_path / "tensorboard").keys()
+    assert tags == evaluation_tags("validation", ("observed", "total_served"))
 
 
 class StopLate(NoProgress):
@@ -157,6 +175,19 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     log.cache(1, [])
     log.close()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_median_step_and_the_mean_epoch() -> None:
+    times = TrainingTimes()
+    assert (times.step_seconds, times.epoch_seconds) == (None, None)
+    times.add_steps(4, 2.0)
+    times.add_steps(1, 3.0)
+    assert (times.step_seconds, times.epoch_seconds) == (0.5, None)
+    times.add_steps(5, 5.0)
+    assert times.step_seconds == 1.0
+    times.add_epoch(2.0)
+    times.add_epoch(3.0)
+    assert times.epoch_seconds == 2.5
 
 
 def test_the_clock_gives_each_phase_its_seconds(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,13 +22,15 @@ from felrec_dist.errors import (
     TrainingError,
 )
 from felrec_dist.evaluation.evaluator import Protocol
+from felrec_dist.evaluation.report import read_report, report_url
 from felrec_dist.evaluation.result import PartResult, metrics_to_json
-from felrec_dist.model.felrec import ModelOutput
+from felrec_dist.model.felrec import ModelOutput, build_model
 from felrec_dist.training.checkpoint import CheckpointStore, RunPosition, read_checkpoint
-from felrec_dist.training.run import read_report, report_url, run_evaluation, run_training
+from felrec_dist.training.run import run_evaluation, run_training
 from felrec_dist.training.trainer import NoProgress, RunResult, Trainer
 from felrec_dist.training.world import World
 from tests import tiny
+from tests.data.oracle import Row, prepare_rows
 
 
 class Stopped(Exception):
@@ -352,6 +354,12 @@ def test_resuming_a_run_that_has_not_begun_begins_it(
             "released",
             r"another evaluation\.protocol\n.*\n  got: 'causal'",
         ),
+        (
+            "evaluation",
+            "candidates",
+            "training",
+            r"another evaluation\.candidates\n.*\n  got: 'growing'",
+        ),
     ],
 )
 def test_a_run_does_not_go_on_as_another_one(
@@ -543,12 +551,18 @@ def test_the_report_and_its_re_evaluation(dataset: PreparedDataset, tmp_path: Pa
     config = tiny.experiment(dataset.url, str(tmp_path / "run"))
     with tiny.build_client(config) as client:
         result = run_training(config, client, World.current(), resume=False)
-    report = read_report(config, "causal")
+    report = read_report(config.run.url, "causal")
     assert metrics_to_json(report.rows["felrec-q"]) == metrics_to_json(result.test.metrics())
-    assert list(report.rows) == ["felrec-q", "most popular", "random"]
+    assert list(report.rows) == ["felrec-q", "most popular", "recently popular", "random"]
+    assert (report.dataset, report.dataset_digest) == ("tiny", dataset.digest)
+    assert (report.split, report.candidates) == ([240, 30, 30], "growing")
+    model = build_model(config.felrec)
+    assert report.num_parameters == sum(p.numel() for p in model.parameters())
+    assert report.step_seconds is not None
+    assert report.epoch_seconds is not None
     assert report.checkpoint_url == result.checkpoint_url
     assert report.rows["random"]["total"].normalized_rank == pytest.approx(0.5)
-    first = Path(f"{report_url(config, 'causal')}.parquet").read_bytes()
+    first = Path(f"{report_url(config.run.url, 'causal')}.parquet").read_bytes()
 
     with tiny.build_client(config) as client:
         again = run_evaluation(
@@ -560,8 +574,10 @@ def test_the_report_and_its_re_evaluation(dataset: PreparedDataset, tmp_path: Pa
         )
     np.testing.assert_array_equal(again.normalized_rank, result.test.normalized_rank)
     np.testing.assert_array_equal(again.is_hit, result.test.is_hit)
-    assert Path(f"{report_url(config, 'causal')}.parquet").read_bytes() == first
-    assert read_report(config, "causal").to_json() == report.to_json()
+    assert Path(f"{report_url(config.run.url, 'causal')}.parquet").read_bytes() == first
+    # The process that tested trained nothing.
+    untimed = dataclasses.replace(report, step_seconds=None, epoch_seconds=None)
+    assert read_report(config.run.url, "causal").to_json() == untimed.to_json()
 
 
 def test_a_batch_that_does_not_fit_is_refused(dataset: PreparedDataset, tmp_path: Path) -> None:
@@ -590,6 +606,48 @@ def test_a_part_without_events_is_refused(
     with (
         tiny.build_client(config) as client,
         pytest.raises(DatasetError, match=r"the test part (.*\n)*.*--test-fraction"),
+    ):
+        run_training(config, client, World.current(), resume=False)
+
+
+def test_the_best_epoch_is_chosen_by_what_is_served(
+    dataset: PreparedDataset, tmp_path: Path
+) -> None:
+    """And a process that goes on in the middle of an epoch has no time of a whole one."""
+    changes = {"evaluation": {"candidates": "training", "num_negatives": 20}}
+    config = tiny.experiment(dataset.url, str(tmp_path / "run"), changes)
+    stopper = StopIn("epoch 3/3, training", 5 * tiny.BATCH)
+    config = config.model_copy(
+        update={"checkpoint": config.checkpoint.model_copy(update={"every_steps": 4})}
+    )
+    with pytest.raises(Stopped):
+        tiny.build_trainer(config, dataset, stopper).fit()
+    with tiny.build_client(config) as client:
+        result = run_training(config, client, World.current(), resume=True)
+    ranks = [metrics["total"].normalized_rank for metrics in result.validation]
+    assert result.best.validation_rank == min(ranks)
+    assert ranks.index(min(ranks)) == result.best.epoch
+    for metrics in (*result.validation, result.test.metrics()):
+        assert metrics["new_items"].num_served == 0 < metrics["new_items"].num_events
+        assert not metrics["total"].is_complete
+    report = read_report(config.run.url, "causal")
+    assert report.candidates == "training"
+    assert report.step_seconds is not None
+    assert report.epoch_seconds is None
+    for model in report.rows.values():
+        assert [m.is_complete for m in model.values()] == [True, True, False, False]
+
+
+@pytest.mark.parametrize(("part", "first"), [("validation", 80), ("test", 90)])
+def test_a_part_of_new_items_alone_is_refused(tmp_path: Path, part: str, first: int) -> None:
+    """Where only the items of the training part are candidates."""
+    rows: list[Row] = [(n % 7, n if first <= n < first + 10 else n % 5, n) for n in range(100)]
+    dataset = prepare_rows(rows, tmp_path)
+    changes = {"evaluation": {"candidates": "training"}}
+    config = tiny.experiment(dataset.url, str(tmp_path / "run"), changes)
+    with (
+        tiny.build_client(config) as client,
+        pytest.raises(DatasetError, match=rf"(?s)of the {part} part .*candidates=growing"),
     ):
         run_training(config, client, World.current(), resume=False)
 
