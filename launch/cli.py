@@ -36,7 +36,7 @@ app.command()(compare)
 IdKind = Literal["int", "string"]
 Unit = Literal["s", "ms", "us", "iso"]
 FAILED = 1
-REPORT_WIDTH = 120
+REPORT_WIDTH = 124
 EXTRA_PACKAGES = {
     "s3fs": "pip install 'felrec-dist[s3]'",
     "gcsfs": "pip install gcsfs",

@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from felrec_dist.data.dataset import Span
 from felrec_dist.data.stream import EventStream
+from felrec_dist.evaluation.candidate_set import Candidates
 from felrec_dist.evaluation.counts import TIE_TOLERANCE, RankCounts
 from felrec_dist.evaluation.evaluator import EvaluationConfig, Protocol
 from felrec_dist.evaluation.negatives import batch_generator, draw_with_replacement
@@ -115,6 +117,24 @@ def test_among_training_items_no_other_item_counts(tmp_path: Path) -> None:
             assert released.counts.above[event] == int(above_I.sum())
             assert released.counts.negatives_above[event] == int(above_I[negatives_BM[row]].sum())
     assert 0 < num_checked < len(batch)
+
+
+@pytest.mark.parametrize("candidates", ["growing", "training"])
+def test_the_negatives_are_from_the_set_of_candidates(
+    candidates: Candidates, tmp_path: Path
+) -> None:
+    """Asked for more than there are, they are all of them, and the counts those of the ranks."""
+    trainer = trained(tmp_path / "data")
+    split = trainer.dataset.split
+    span = Span(split.validation.start, split.test.stop)
+    trainer.evaluator.config = EvaluationConfig(candidates=candidates, num_negatives=100)
+    results, _ = trainer.evaluator.evaluate(span, trainer.steps_per_epoch, ["causal"])
+    result = results["causal"]
+    counts, is_served = result.counts, result.is_served
+    assert counts.num_candidates.max() < 100
+    assert is_served.sum() > BATCH
+    np.testing.assert_array_equal(counts.negatives_above[is_served], counts.above[is_served])
+    np.testing.assert_array_equal(counts.negatives_tied[is_served], counts.tied[is_served])
 
 
 def test_the_model_goes_on_in_the_mode_it_was_in(tmp_path: Path) -> None:
