@@ -121,8 +121,8 @@ class ExperimentConfig(Section):
             raise ValueError(f"evaluation.protocol must be causal: {variant} has no other")
         if self.training.dtype != "float32" or self.training.autocast != "off":
             raise ValueError(
-                f"training.dtype must be float32 and training.autocast off: the tables of {variant} "
-                "are float32"
+                "training.dtype must be float32 and training.autocast off: "
+                f"the tables of {variant} are float32"
             )
         return self
 

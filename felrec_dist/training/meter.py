@@ -134,4 +134,6 @@ class StepMeter:
 def _gradient_norm(model: torch.nn.Module) -> float:
     """L2 norm of the clipped gradient of the last step."""
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    return float(torch.linalg.vector_norm(torch.stack([g.norm() for g in gradients])))
+    # A model may have no dense part.
+    norms = [g.norm() for g in gradients] or [torch.zeros(())]
+    return float(torch.linalg.vector_norm(torch.stack(norms)))

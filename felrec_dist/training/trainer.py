@@ -388,6 +388,8 @@ class Trainer:
         self.world.barrier()
 
     def _snapshot(self, url: str, position: RunPosition) -> SnapshotChain:
+        if not self.client.tables:
+            return SnapshotChain((), position.next_position)
         base = self._chain
         if base is not None and base.wants_full:
             base = None
@@ -452,7 +454,7 @@ class Trainer:
             )
             self.recommender.load(checkpoint)
         self._chain = None
-        if generation is None:
+        if generation is None or not self.client.tables:
             return
         self.recommender.flush()
         self.world.barrier()
