@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from felrec_dist.model.encoder import EncoderConfig
 from felrec_dist.section import Section
@@ -31,7 +31,7 @@ class BPRMFConfig(Section):
 
     serves_new_items: ClassVar[bool] = False
     variant: Literal["bpr-mf"]
-    width: int = Field(128, ge=1)
+    width: int = Field(128, ge=4, multiple_of=4, description="D; tables want a multiple of 4")
     num_negatives: int = Field(1, ge=1, description="of each event")
 
     def cache_widths(self) -> dict[str, int]:
@@ -59,13 +59,20 @@ class SASRecConfig(NextItemConfig):
     variant: Literal["sasrec"]
     encoder: EncoderConfig = EncoderConfig()
 
+    @field_validator("encoder")
+    @classmethod
+    def _tables_take_the_width(cls, encoder: EncoderConfig) -> EncoderConfig:
+        if encoder.width % 4:
+            raise ValueError(f"width = {encoder.width} must be a multiple of 4")
+        return encoder
+
 
 class GRU4RecBPTTConfig(NextItemConfig):
     """GRUs over the user's items, with back-propagation through the whole window."""
 
     variant: Literal["gru4rec-bptt"]
     history_length: int = Field(64, ge=1, description="N, items of a window")
-    width: int = Field(128, ge=1)
+    width: int = Field(128, ge=4, multiple_of=4, description="D; tables want a multiple of 4")
     num_layers: int = Field(3, ge=1)
 
 
@@ -74,7 +81,7 @@ class GRU4RecConfig(Section):
 
     serves_new_items: ClassVar[bool] = False
     variant: Literal["gru4rec"]
-    width: int = Field(128, ge=1)
+    width: int = Field(128, ge=4, multiple_of=4, description="D; tables want a multiple of 4")
     num_layers: int = Field(3, ge=1)
     num_negatives: int = Field(8, ge=1, description="of each event")
     sessions: Literal["carry-over", "released"] = Field(
@@ -92,7 +99,7 @@ class JODIEConfig(Section):
 
     serves_new_items: ClassVar[bool] = True
     variant: Literal["jodie", "jodie-released"]
-    width: int = Field(128, ge=1)
+    width: int = Field(128, ge=4, multiple_of=4, description="D; tables want a multiple of 4")
 
     def cache_widths(self) -> dict[str, int]:
         """The dynamic vectors, and the time of the last event in two numbers."""

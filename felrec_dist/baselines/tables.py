@@ -15,6 +15,7 @@ Shape legend: M distinct ids, V rows of a table, R of them on this rank, D width
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -84,7 +85,8 @@ class ShardedTables:
         self.num_rows = dict(num_rows)
         self._is_exact = config.update == "exact"
         self._fused_share = config.fused_lr / base_lr
-        if not dist.is_initialized():  # TorchRec knows no run without
+        self._made_group = not dist.is_initialized()
+        if self._made_group:  # TorchRec knows no run without one
             dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
         if self._is_exact:
             self._vectors = self._sharded(torch.optim.SGD, 0.0)
@@ -96,7 +98,9 @@ class ShardedTables:
             self._vectors = self._sharded(RowWiseAdagrad, config.fused_lr)
         self.first_rows: dict[str, int] = {}
         self.parameters: dict[str, nn.Parameter] = {}
-        for number, (name, (first, rows_RD)) in enumerate(_local_rows(self._vectors).items()):
+        local = _local_rows(self._vectors)
+        for number, name in enumerate(self.num_rows):
+            first, rows_RD = local[name]
             self.first_rows[name] = first
             self.parameters[name] = nn.Parameter(rows_RD)
             _draw(rows_RD, first, seed=seed, table=number, std=config.initial_std)
@@ -198,9 +202,16 @@ class ShardedTables:
                 raise ValueError(f"table {table}: {taken} rows of this rank's {stop}")
         return states
 
+    def close(self) -> None:
+        """Ends the process group of a run on one process, if it was made here."""
+        if self._made_group:
+            dist.destroy_process_group()
+
     def _sharded(self, optimizer: type[torch.optim.Optimizer], lr: float) -> Any:
         """Returns the tables as a sharded module of zeros, updated by ``optimizer``."""
         world_size = self.world.world_size
+        # It warns of itself, on every rank.
+        logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             collection = EmbeddingCollection(

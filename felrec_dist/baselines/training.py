@@ -291,7 +291,7 @@ class BaselineTraining(ABC, Generic[Batch]):
         check_finite({**self.parameters, **self.tables.parameters}, checkpoint.url)
 
     def close(self) -> None:
-        """There are no threads."""
+        self.tables.close()
 
 
 def count_ranks(exchange: Exchange, candidates: CandidateMatrix, ballot: Ballot) -> RankCounts:

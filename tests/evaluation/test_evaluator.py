@@ -127,8 +127,9 @@ def test_the_negatives_are_from_the_set_of_candidates(
     trainer = trained(tmp_path / "data")
     split = trainer.dataset.split
     span = Span(split.validation.start, split.test.stop)
-    trainer.evaluator.config = EvaluationConfig(candidates=candidates, num_negatives=100)
-    results, _ = trainer.evaluator.evaluate(span, trainer.steps_per_epoch, ["causal"])
+    evaluator = tiny.felrec_of(trainer).evaluator
+    evaluator.config = EvaluationConfig(candidates=candidates, num_negatives=100)
+    results, _ = evaluator.evaluate(span, trainer.steps_per_epoch, ["causal"])
     result = results["causal"]
     counts, is_served = result.counts, result.is_served
     assert counts.num_candidates.max() < 100
