@@ -1,4 +1,4 @@
-"""The command ``felrec``: prepare, download, synthesize, train, evaluate, cache, benchmark."""
+"""The command ``felrec``: from raw interactions to a trained model, here or on a cluster."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from felrec_dist.errors import ConfigError, FelrecError, RunStoppedError
 from launch.benchmark_cli import benchmark
 from launch.cache_cli import cache_app
 from launch.stopping import StopRequest, stop_requests
+from launch.submit_cli import submit
 
 if TYPE_CHECKING:
     from felrec_dist.config import ExperimentConfig
@@ -29,6 +30,7 @@ app = typer.Typer(
 )
 app.add_typer(cache_app, name="cache")
 app.command()(benchmark)
+app.command()(submit)
 
 IdKind = Literal["int", "string"]
 Unit = Literal["s", "ms", "us", "iso"]

@@ -211,8 +211,17 @@ def cache_name(run_url: str) -> str:
     Args:
         run_url: the run's folder, absolute.
     """
+    return f"felrec-cache-{run_digest(run_url)}"
+
+
+def run_digest(run_url: str) -> str:
+    """Returns 16 letters that stand for a run's folder on a cluster.
+
+    Args:
+        run_url: the run's folder, absolute.
+    """
     folder = run_url.removeprefix("file://").rstrip("/")
-    return f"felrec-cache-{hashlib.sha256(folder.encode()).hexdigest()[:16]}"
+    return hashlib.sha256(folder.encode()).hexdigest()[:16]
 
 
 @contextmanager
@@ -327,13 +336,13 @@ def _join(address: str | None, **settings: Any) -> None:
     """
     where = address or "this machine"
     if address:
-        _check_reachable(address)
+        _check_address(address)
     try:
         ray.init(address="auto", **settings)
     except ray.exceptions.AuthenticationError as error:
         raise not_let_in(where, error) from error
     except ConnectionError as error:
-        raise _no_cluster(where, error) from error
+        raise no_cluster(where, error) from error
     except RuntimeError as error:
         raise ConfigError(
             "the Ray cluster cannot be joined",
@@ -343,8 +352,8 @@ def _join(address: str | None, **settings: Any) -> None:
         ) from error
 
 
-def _check_reachable(address: str) -> None:
-    """Asks whether anybody listens; Ray itself would try for minutes."""
+def _check_address(address: str) -> None:
+    """Asks whether a head listens; Ray itself would try for minutes."""
     scheme, _, rest = address.rpartition("://")
     if scheme:
         raise ConfigError(
@@ -354,12 +363,16 @@ def _check_reachable(address: str) -> None:
             remedy="felrec train joins the cluster; felrec submit takes the address of a dashboard",
         )
     host, _, port = rest.rpartition(":")
-    if not port.isdecimal():
-        return  # a name such as auto, or nonsense: Ray says so at once
+    if port.isdecimal():  # else a name such as auto, or nonsense: Ray says so at once
+        check_reachable(address, host, int(port))
+
+
+def check_reachable(address: str, host: str, port: int) -> None:
+    """Raises ConfigError if nobody listens."""
     try:
-        socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S).close()
-    except OSError as error:
-        raise _no_cluster(address, error) from error
+        socket.create_connection((host.strip("[]"), port), CONNECT_TIMEOUT_S).close()
+    except (OSError, OverflowError) as error:
+        raise no_cluster(address, error) from error
 
 
 def not_let_in(where: str, error: Exception) -> ConfigError:
@@ -374,13 +387,14 @@ def not_let_in(where: str, error: Exception) -> ConfigError:
     )
 
 
-def _no_cluster(where: str, error: Exception) -> ConfigError:
+def no_cluster(where: str, error: Exception) -> ConfigError:
+    """Returns the error of an address where no Ray answers."""
     return ConfigError(
         "no Ray cluster answers",
         where=where,
         got=error,
-        remedy="set RAY_ADDRESS to the cluster of the run, as 10.0.0.1:6379; "
-        "without it, a Ray of this machine is asked",
+        remedy="set RAY_ADDRESS to the cluster of the run, as 10.0.0.1:6379, or give felrec submit "
+        "its dashboard, as http://10.0.0.1:8265; without, a Ray of this machine is asked",
     )
 
 

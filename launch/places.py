@@ -15,14 +15,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 
 from felrec_dist.config import ClusterConfig
 from felrec_dist.errors import ConfigError
 
-POLL_S = 0.5
+POLL_S = 0.1
 # Nobody wants to read of a wait that is over at once.
 SILENT_S = 3.0
+# Places that some have and others lack are given back after so long, and asked for again.
+ANEW_S = 5.0
 BYTES_PER_GB = 10**9
 _UNITS = {"memory": (BYTES_PER_GB, "GB memory")}
 
@@ -88,39 +95,69 @@ def reserved(
         ConfigError: there was no place in time; it names what is missing.
     """
     deadline = time.monotonic() + timeout_s
+    if not may_grow and (lacking := shortage(requests, _totals())):
+        raise _too_little(lacking, requests, "no node will join a Ray that the run started")
     groups: list[PlacementGroup] = []
     try:
-        if not may_grow and (lacking := shortage(requests, _totals())):
-            raise _too_little(lacking, requests, "no node will join a Ray that the run started")
-        for request in requests:
-            bundles = [dict(request.resources)] * request.count
-            groups.append(placement_group(bundles, strategy=request.strategy))
-        said_at, said = time.monotonic() + SILENT_S, ""
-        while waiting := [
-            request
-            for group, request in zip(groups, requests, strict=True)
-            # Its limit holds for each; that of a group that is placed is not used up.
-            if not group.wait(POLL_S / len(groups))
-        ]:
-            pause(0.0)
-            now = time.monotonic()
-            if now < min(deadline, said_at):
-                continue
-            lacking = shortage(requests, _totals())
-            if now >= deadline and lacking:
-                raise _too_little(lacking, requests, f"not more after {timeout_s:g} s")
-            if now >= deadline:
-                raise _nothing_free(waiting, timeout_s)
-            line = f"waiting for {' and '.join(map(str, waiting))}: " + (
-                f"the cluster has {', '.join(lacking)}" if lacking else "others use the cluster"
-            )
-            if line != said:
-                say(f"{line}; {deadline - now:.0f} s more at most")
-            said = line
+        while not groups:
+            groups += [
+                placement_group(
+                    [dict(request.resources)] * request.count, strategy=request.strategy
+                )
+                for request in requests
+            ]
+            if not _are_placed(groups, requests, deadline, timeout_s, say, pause):
+                _remove(groups)
         yield groups
     finally:
-        for group in groups:
-            remove_placement_group(group)
+        _remove(groups)
+
+
+def _remove(groups: list[PlacementGroup]) -> None:
+    while groups:
+        remove_placement_group(groups.pop())
+
+
+def _are_placed(
+    groups: Sequence[PlacementGroup],
+    requests: Sequence[Request],
+    deadline: float,
+    timeout_s: float,
+    say: Callable[[str], None],
+    pause: Callable[[float], None],
+) -> bool:
+    """Waits for the groups; False if those that are placed may stand in the others' way.
+
+    When a node was lost, shards may find places on the one that is left, and then its worker finds
+    none: Ray moves nothing. Asked for anew, the groups are placed in their order.
+    """
+    began = time.monotonic()
+    said = ""
+    while waiting := [
+        request
+        for group, request in zip(groups, requests, strict=True)
+        # Its own wait takes whole seconds, and its ready() a process of each node.
+        if placement_group_table(group)["state"] != "CREATED"
+    ]:
+        time.sleep(POLL_S)
+        pause(0.0)
+        now = time.monotonic()
+        if now < min(deadline, began + SILENT_S):
+            continue
+        lacking = shortage(requests, _totals())
+        if now >= deadline and lacking:
+            raise _too_little(lacking, requests, f"not more after {timeout_s:g} s")
+        if now >= deadline:
+            raise _nothing_free(waiting, timeout_s)
+        if not lacking and len(waiting) < len(groups) and now >= began + ANEW_S:
+            return False
+        line = f"waiting for {' and '.join(map(str, waiting))}: " + (
+            f"the cluster has {', '.join(lacking)}" if lacking else "others use the cluster"
+        )
+        if line != said:
+            say(f"{line}; {deadline - now:.0f} s more at most")
+        said = line
+    return True
 
 
 def shortage(requests: Sequence[Request], nodes: Sequence[Mapping[str, float]]) -> list[str]:

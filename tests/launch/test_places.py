@@ -19,6 +19,7 @@ from cache_server.ray_transport import (  # noqa: E402
 )
 from felrec_dist.config import ClusterConfig  # noqa: E402
 from felrec_dist.errors import ConfigError  # noqa: E402
+from launch import places  # noqa: E402
 from launch.places import Request, for_shards, for_workers, reserved, shortage  # noqa: E402
 from tests import tiny  # noqa: E402
 
@@ -192,6 +193,35 @@ def test_who_waits_for_a_place_can_be_stopped(cluster: Any) -> None:
         reserved([for_workers(ClusterConfig(num_workers=3))], 60.0, pause=pause),
     ):
         raise AssertionError("there was a place")
+
+
+def test_places_that_stand_in_the_others_way_are_given_back(
+    cluster: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The shard gets the CPU of the only node that can take the worker, until others leave."""
+    monkeypatch.setattr(places, "SILENT_S", 0.5)
+    monkeypatch.setattr(places, "ANEW_S", 0.5)
+    on_one_node = {"CPU": 1.0, "cache_node": 1.0}
+    held = [hold(on_one_node), hold({"CPU": 1.0})]
+    ray.util.remove_placement_group(held.pop(0))
+    held.append(hold({"cache_node": 1.0}))
+
+    def leave(seconds: float) -> None:
+        if held and ray.available_resources().get("CPU", 0.0) == 0.0:
+            for group in held:
+                ray.util.remove_placement_group(group)
+            held.clear()
+
+    worker = Request("workers", 1, on_one_node, "PACK")
+    shard = Request("shards", 1, {"CPU": 1.0}, "SPREAD")
+    with nothing_left(CPU=2.0, cache_node=1.0), reserved([worker, shard], 30.0, pause=leave):
+        assert held == []
+
+
+def hold(resources: dict[str, float]) -> Any:
+    group = ray.util.placement_group([resources])
+    assert group.wait(20)
+    return group
 
 
 def test_a_node_that_joins_ends_the_wait(cluster: Any) -> None:
