@@ -380,7 +380,7 @@ def not_let_in(where: str, error: Exception) -> ConfigError:
     return ConfigError(
         "the Ray cluster does not let us in",
         where=where,
-        got=error,
+        got=str(error).splitlines()[0],
         expected="the token that the cluster was started with",
         remedy="set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH; for a cluster "
         "without tokens set RAY_AUTH_MODE=disabled on both sides",
