@@ -31,6 +31,8 @@ SILENT_S = 3.0
 # Places that some have and others lack are given back after so long, and asked for again.
 ANEW_S = 5.0
 BYTES_PER_GB = 10**9
+# In bytes. A bundle must hold something, and every node has some memory.
+ANY_MEMORY = 1.0
 _UNITS = {"memory": (BYTES_PER_GB, "GB memory")}
 
 
@@ -51,9 +53,9 @@ class Request:
     strategy: str
 
     def __str__(self) -> str:
-        each = [_amount(name, amount) for name, amount in self.resources.items()]
+        each = _amounts(self.resources)
         kind = self.kind.removesuffix("s") if self.count == 1 else self.kind
-        return f"{self.count} {kind} with {', '.join(each)}"
+        return f"{self.count} {kind} with {each or 'no resources'}"
 
 
 def for_workers(cluster: ClusterConfig) -> Request:
@@ -66,8 +68,7 @@ def for_shards(cluster: ClusterConfig, num_shards: int) -> Request:
     """Returns what the shards need."""
     resources = {
         "CPU": cluster.cpus_per_shard,
-        # A bundle must hold something, and every node has some memory.
-        "memory": max(1.0, float(round(cluster.memory_per_shard_gb * BYTES_PER_GB))),
+        "memory": max(ANY_MEMORY, float(round(cluster.memory_per_shard_gb * BYTES_PER_GB))),
         **cluster.shard_resources,
     }
     return Request("shards", num_shards, _needed(resources), cluster.shard_placement.upper())
@@ -179,8 +180,7 @@ def shortage(requests: Sequence[Request], nodes: Sequence[Mapping[str, float]]) 
     for request in requests:
         needs = request.resources.items()
         if not any(all(node.get(name, 0.0) >= need for name, need in needs) for node in nodes):
-            each = ", ".join(_amount(name, amount) for name, amount in needs)
-            found.append(f"no node with {each} together")
+            found.append(f"no node with {_amounts(request.resources)} together")
     return found
 
 
@@ -200,6 +200,14 @@ def _number(name: str, amount: float) -> str:
 def _amount(name: str, amount: float) -> str:
     _, words = _UNITS.get(name, (1, name))
     return f"{_number(name, amount)} {words}"
+
+
+def _amounts(resources: Mapping[str, float]) -> str:
+    return ", ".join(
+        _amount(name, amount)
+        for name, amount in resources.items()
+        if amount != ANY_MEMORY or name != "memory"
+    )
 
 
 def _too_little(lacking: Sequence[str], requests: Sequence[Request], why: str) -> ConfigError:

@@ -76,6 +76,7 @@ def test_requests_are_what_the_config_says() -> None:
     resources = {"CPU": 4.0, "memory": 1.5e9, "cache_node": 0.5}
     assert for_shards(cluster, 2) == Request("shards", 2, resources, "PACK")
     assert str(for_shards(cluster, 2)) == ("2 shards with 4 CPU, 1.5 GB memory, 0.5 cache_node")
+    assert str(for_shards(ClusterConfig(), 1)) == "1 shard with no resources"
 
 
 @pytest.mark.parametrize(
