@@ -279,7 +279,7 @@ def test_the_script_installs_what_it_is_told(
     python.parent.mkdir(parents=True)
     python.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/said\n')
     python.chmod(0o755)
-    words = ["bash", LAUNCH / "install.sh", tmp_path / "venv", *([step] if step else [])]
+    words = ["bash", str(LAUNCH / "install.sh"), str(tmp_path / "venv"), *([step] if step else [])]
     assert subprocess.run(words, env={**os.environ, **environment}, check=False).returncode == 0
     said = (tmp_path / "said").read_text().replace(str(ROOT), "ROOT")
     said = re.sub(r"torch==[\d.]+\d", "torch==V", said)
