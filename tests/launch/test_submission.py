@@ -418,10 +418,13 @@ def test_who_answers_and_is_no_open_dashboard_is_named(
     server: Callable[[int, bytes], str],
     felrec: Felrec,
     folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
     status: int,
     body: bytes,
     said: str,
 ) -> None:
+    # Ray itself would ask this one.
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:1")
     address = server(status, body)
     ended = felrec("submit", "config.yaml", "--address", address)
     assert_failed(ended, "ConfigError", said, address)
