@@ -21,7 +21,6 @@ from ray.exceptions import (
     RayActorError,
     RayTaskError,
 )
-from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cache_server.answer import ClientAnswer
@@ -88,14 +87,12 @@ class ShardHandles:
         tables: what they hold.
         node_ids: the node of Ray that each shard is on; it never moves.
         sockets: the name of the local socket that each shard listens on, if it does.
-        placement_group: where they were placed, if in a group of their own.
     """
 
     actors: tuple[Any, ...]
     tables: Mapping[str, TableSpec]
     node_ids: tuple[str, ...] = ()
     sockets: tuple[str | None, ...] = ()
-    placement_group: Any = None
 
 
 @dataclass(frozen=True)
@@ -220,10 +217,9 @@ def create_shard_actors(
     num_shards: int,
     *,
     num_cpus: float = 0,
-    memory_bytes: int = 0,
     fetch_threads: int = 64,
     block_rows: int = DEFAULT_BLOCK_ROWS,
-    placement_strategy: str | None = None,
+    placement_group: Any = None,
     name: str | None = None,
     namespace: str | None = None,
     timeout_s: float = 60.0,
@@ -233,15 +229,12 @@ def create_shard_actors(
     Args:
         tables: what each table holds, by name.
         num_shards: one or two a node are best: every shard adds a call to every fetch.
-        num_cpus: what each shard reserves.
-        memory_bytes: what each shard reserves, so that Ray spreads shards by memory; 0 reserves
-            nothing.
+        num_cpus: what each shard reserves, of its bundle where it has one.
         fetch_threads: at least the number of clients times the fetches each has in flight; waiting
             fetches hold a thread.
         block_rows: rows in a block of a table, a power of two.
-        placement_strategy: "SPREAD", "STRICT_SPREAD", "PACK" or "STRICT_PACK" puts the shards in a
-            placement group of their own, which needs ``num_cpus`` or ``memory_bytes``; None lets
-            Ray place each.
+        placement_group: has a bundle for each shard, in order, and stays the caller's; None lets
+            Ray place each shard.
         name: names the actors ``<name>-0``, ``<name>-1``, ... for ``find_shard_actors``; None
             leaves them without.
         namespace: the Ray namespace of the names.
@@ -252,12 +245,7 @@ def create_shard_actors(
         CacheTimeoutError: not all shards started in time; those that did are ended again.
         ShardLostError: a shard's process died while starting.
     """
-    bundle = {"CPU": float(num_cpus), "memory": float(memory_bytes)}
-    bundle = {resource: amount for resource, amount in bundle.items() if amount}
     deadline = time.monotonic() + timeout_s
-    group = None
-    if placement_strategy is not None:
-        group = placement_group([bundle] * num_shards, strategy=placement_strategy)
     # Ray takes groups of threads only with the class, not among the options of an actor.
     remote_class = ray.remote(
         concurrency_groups={
@@ -272,19 +260,20 @@ def create_shard_actors(
         for shard in range(num_shards):
             options: dict[str, Any] = {
                 "num_cpus": num_cpus,
-                "memory": memory_bytes or None,
                 "max_restarts": 0,
                 "max_task_retries": 0,
             }
             if name is not None:
                 options |= {"name": _actor_name(name, shard), "namespace": namespace}
-            if group is not None:
-                options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(group, shard)
+            if placement_group is not None:
+                options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
+                    placement_group, shard
+                )
             actor_class = remote_class.options(**options)
             actors.append(_start(actor_class, dict(tables), shard, num_shards, block_rows))
-        described = _wait_until_started(actors, bundle, deadline, timeout_s)
+        described = _wait_until_started(actors, num_cpus, deadline, timeout_s)
     except Exception as error:
-        destroy_shard_actors(ShardHandles(tuple(actors), tables, placement_group=group))
+        destroy_shard_actors(ShardHandles(tuple(actors), tables))
         if isinstance(error, ActorAlreadyExistsError):
             raise CacheError(
                 "A cache of this name is alive already.",
@@ -294,18 +283,15 @@ def create_shard_actors(
                 remedy="Stop the other one, or wait until it ended, or take another name.",
             ) from error
         raise
-    return _handles(actors, described, group)
+    return _handles(actors, described)
 
 
-def _handles(
-    actors: Sequence[Any], described: Sequence[CacheDescription], placement_group: Any = None
-) -> ShardHandles:
+def _handles(actors: Sequence[Any], described: Sequence[CacheDescription]) -> ShardHandles:
     return ShardHandles(
         tuple(actors),
         described[0].tables,
         tuple(description.node_id for description in described),
         tuple(description.socket for description in described),
-        placement_group,
     )
 
 
@@ -367,11 +353,9 @@ def is_alive(name: str, namespace: str | None = None) -> bool:
 
 
 def destroy_shard_actors(handles: ShardHandles) -> None:
-    """Ends the shards, and with them the rows they hold, and gives their placement group back."""
+    """Ends the shards, and with them the rows they hold."""
     for actor in handles.actors:
         ray.kill(actor)
-    if handles.placement_group is not None:
-        remove_placement_group(handles.placement_group)
 
 
 class RayTransport:
@@ -594,7 +578,7 @@ def _lost(error: Exception) -> ConnectionError:
 
 
 def _wait_until_started(
-    actors: Sequence[Any], bundle: Mapping[str, float], deadline: float, timeout_s: float
+    actors: Sequence[Any], num_cpus: float, deadline: float, timeout_s: float
 ) -> list[CacheDescription]:
     """Returns what each of them says."""
     transport = RayTransport(ShardHandles(tuple(actors), {}))
@@ -614,7 +598,7 @@ def _wait_until_started(
             "Cache shards did not start.",
             where=f"shards {missing} of {transport.num_shards}",
             got=f"no answer after {timeout_s} s",
-            expected=f"nodes with {dict(bundle) or 'no reserved resources'} free for each shard",
+            expected=f"nodes with {num_cpus:g} CPU free for each shard",
             remedy="Add nodes, reserve less, or raise the time-out.",
         )
     return [reply.value for reply in replies]

@@ -62,13 +62,35 @@ class ClusterConfig(Section):
     num_workers: int = Field(1, ge=1, description="W, DDP ranks")
     cpus_per_worker: float = Field(1.0, gt=0.0)
     gpus_per_worker: float = Field(0.0, ge=0.0)
-    start_timeout_s: float = Field(300.0, gt=0.0, description="limit for shards to come up")
+    cpus_per_shard: float = Field(0.0, ge=0.0)
+    memory_per_shard_gb: float = Field(
+        0.0, ge=0.0, description="reserved on its node, so that shards are placed by memory"
+    )
+    shard_resources: dict[str, float] = Field(
+        default_factory=dict, description="custom resources of each shard, as {cache_node: 1}"
+    )
+    shard_placement: Literal["spread", "pack"] = Field(
+        "spread", description="over as many nodes as there are, or on as few as will do"
+    )
+    start_timeout_s: float = Field(
+        300.0, gt=0.0, description="limit for places to be found, and for processes to come up"
+    )
     max_failures: int = Field(
         3, ge=0, description="failures without a new checkpoint in between that a run gets over"
     )
     collective_timeout_s: float = Field(
         1800.0, gt=0.0, description="limit of a rank's wait for the others, a checkpoint included"
     )
+
+    @field_validator("shard_resources")
+    @classmethod
+    def _are_custom(cls, resources: dict[str, float]) -> dict[str, float]:
+        for name, amount in resources.items():
+            if name in ("CPU", "GPU", "memory", "object_store_memory"):
+                raise ValueError(f"{name} is no custom resource: see the other keys of cluster")
+            if amount <= 0.0 or (amount > 1.0 and not amount.is_integer()):
+                raise ValueError(f"{name} must be a part of one, or a whole number")
+        return resources
 
 
 AnyModel = (

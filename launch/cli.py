@@ -1,4 +1,4 @@
-"""The command ``felrec``: from raw events to tables of tested models."""
+"""The command ``felrec``: from raw events to tables of tested models, here or on a cluster."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from launch.benchmark_cli import benchmark
 from launch.cache_cli import cache_app
 from launch.compare_cli import compare
 from launch.stopping import StopRequest, stop_requests
+from launch.submit_cli import submit
 
 if TYPE_CHECKING:
     from felrec_dist.config import ExperimentConfig
@@ -32,6 +33,7 @@ app = typer.Typer(
 app.add_typer(cache_app, name="cache")
 app.command()(benchmark)
 app.command()(compare)
+app.command()(submit)
 
 IdKind = Literal["int", "string"]
 Unit = Literal["s", "ms", "us", "iso"]

@@ -49,6 +49,7 @@ from felrec_dist.training.run import run_evaluation, run_training
 from felrec_dist.training.trainer import Progress
 from felrec_dist.training.world import World
 from launch.board import BoardProgress, create_board, shown
+from launch.places import for_shards, for_workers, reserved
 from launch.stopping import signals_kept
 from launch.workers import WorkerGroup, starting_workers
 
@@ -91,14 +92,15 @@ def run(
         should_stop: whether somebody asked to stop; the workers learn of it within a second.
 
     Raises:
-        ConfigError: the cluster has too few CPUs or GPUs, or another run trains in the same folder.
+        ConfigError: the cluster is too small, and nodes did not join in time; or another run trains
+            in the same folder.
         RunStoppedError: it was asked to stop.
         FelrecError: what a worker raised, or what came once too often.
     """
-    config = with_absolute_paths(config)
-    with _ray():
+    with _ray() as may_grow:
+        _check_outlives_job(config)
+        config = with_absolute_paths(config)
         patience = _Patience(config)
-        _check_resources(config, wait_s=0.0)
         if job.checkpoint_url is None:
             _check_is_alone(config.run.url)
         # One for all attempts: a process less to start while everybody waits.
@@ -108,15 +110,13 @@ def run(
                 while True:
                     pause = partial(_pause, should_stop=should_stop, latest=patience.latest)
                     try:
-                        _attempt(config, job, board, pause)
+                        _attempt(config, job, board, may_grow, progress.say, pause)
                         return
                     except _RECOVERABLE as error:
                         delay_s = patience.next_delay(error)
                         progress.say(f"lost: {error.what} ({error.where})")
                         progress.say(f"going back to {patience.latest or 'the beginning'}")
                     pause(delay_s)
-                    # A lost node may be replaced, or come back.
-                    _check_resources(config, config.cluster.start_timeout_s, pause)
                     job = replace(job, resume=True)
         finally:
             ray.kill(board)
@@ -169,22 +169,34 @@ def _pause(seconds: float, should_stop: Callable[[], bool], latest: str | None) 
 
 
 def _attempt(
-    config: ExperimentConfig, job: Job, board: Any, pause: Callable[[float], None]
+    config: ExperimentConfig,
+    job: Job,
+    board: Any,
+    may_grow: bool,
+    say: Callable[[str], None],
+    pause: Callable[[float], None],
 ) -> None:
-    with starting_workers(config.cluster, pause) as workers:
-        # While the workers start, too.
-        shards = create_shard_actors(
-            config.cache_tables(),
-            num_shards=config.cache.num_shards,
-            block_rows=config.cache.block_rows,
-            name=cache_name(config.run.url) if job.checkpoint_url is None else None,
-            namespace=NAMESPACE,
-            timeout_s=config.cluster.start_timeout_s,
-        )
-        try:
-            _fit(workers, config, job, shards, board)
-        finally:
-            destroy_shard_actors(shards)
+    cluster = config.cluster
+    requests = for_workers(cluster), for_shards(cluster, config.cache.num_shards)
+    # A lost node may be replaced, or come back.
+    places = reserved(requests, cluster.start_timeout_s, may_grow=may_grow, say=say, pause=pause)
+    with places as (for_the_workers, for_the_shards):
+        with starting_workers(cluster, for_the_workers) as workers:
+            # While the workers start, too.
+            shards = create_shard_actors(
+                config.cache_tables(),
+                num_shards=config.cache.num_shards,
+                num_cpus=cluster.cpus_per_shard,
+                block_rows=config.cache.block_rows,
+                placement_group=for_the_shards,
+                name=cache_name(config.run.url) if job.checkpoint_url is None else None,
+                namespace=NAMESPACE,
+                timeout_s=cluster.start_timeout_s,
+            )
+            try:
+                _fit(workers, config, job, shards, board)
+            finally:
+                destroy_shard_actors(shards)
 
 
 def _fit(
@@ -199,8 +211,17 @@ def cache_name(run_url: str) -> str:
     Args:
         run_url: the run's folder, absolute.
     """
+    return f"felrec-cache-{run_digest(run_url)}"
+
+
+def run_digest(run_url: str) -> str:
+    """Returns 16 letters that stand for a run's folder on a cluster.
+
+    Args:
+        run_url: the run's folder, absolute.
+    """
     folder = run_url.removeprefix("file://").rstrip("/")
-    return f"felrec-cache-{hashlib.sha256(folder.encode()).hexdigest()[:16]}"
+    return hashlib.sha256(folder.encode()).hexdigest()[:16]
 
 
 @contextmanager
@@ -262,14 +283,18 @@ def _work(
 
 
 @contextmanager
-def _ray() -> Iterator[None]:
-    """Joins the cluster that RAY_ADDRESS names, or starts a local Ray and stops it at the end."""
+def _ray() -> Iterator[bool]:
+    """Joins the cluster that RAY_ADDRESS names, or starts a local Ray and stops it at the end.
+
+    Yields whether nodes may join it.
+    """
     if ray.is_initialized():
-        yield
+        yield True
         return
+    address = os.environ.get("RAY_ADDRESS")
     with signals_kept():
-        if os.environ.get("RAY_ADDRESS"):
-            ray.init(logging_level="warning")
+        if address:
+            _join(address, logging_level="warning")
         else:
             # A local Ray would otherwise make an authentication token, which clusters then ask for.
             os.environ.setdefault("RAY_AUTH_MODE", "disabled")
@@ -281,7 +306,7 @@ def _ray() -> Iterator[None]:
                 logging_level="warning",
             )
     try:
-        yield
+        yield bool(address)
     finally:
         ray.shutdown()
 
@@ -293,39 +318,83 @@ def _joined_ray() -> Iterator[None]:
         yield
         return
     address = os.environ.get("RAY_ADDRESS")
-    if address:
-        _check_reachable(address)
-    else:
+    if not address:
         # As the local Ray of a run.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-    try:
-        ray.init(address="auto", log_to_driver=False, logging_level="warning")
-    except ConnectionError as error:
-        raise _no_cluster(address or "this machine", error) from error
+    _join(address, log_to_driver=False, logging_level="warning")
     try:
         yield
     finally:
         ray.shutdown()
 
 
-def _check_reachable(address: str) -> None:
-    """Asks whether anybody listens; Ray itself would try for minutes."""
-    host, _, port = address.rpartition("://")[2].rpartition(":")
-    if not port.isdecimal():
-        return  # a name such as auto, or nonsense: Ray says so at once
+def _join(address: str | None, **settings: Any) -> None:
+    """Joins the cluster at an address, by default of this machine.
+
+    Raises:
+        ConfigError: it does not answer, or does not let us in.
+    """
+    where = address or "this machine"
+    if address:
+        _check_address(address)
     try:
-        socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S).close()
-    except OSError as error:
-        raise _no_cluster(address, error) from error
+        ray.init(address="auto", **settings)
+    except ray.exceptions.AuthenticationError as error:
+        raise not_let_in(where, error) from error
+    except ConnectionError as error:
+        raise no_cluster(where, error) from error
+    except RuntimeError as error:
+        raise ConfigError(
+            "the Ray cluster cannot be joined",
+            where=where,
+            got=error,
+            remedy="use the versions of Ray and Python that its nodes have",
+        ) from error
 
 
-def _no_cluster(where: str, error: Exception) -> ConfigError:
+def _check_address(address: str) -> None:
+    """Asks whether a head listens; Ray itself would try for minutes."""
+    scheme, _, rest = address.rpartition("://")
+    if scheme:
+        raise ConfigError(
+            "RAY_ADDRESS is not the address of a cluster's head",
+            where=address,
+            expected="host:port, most often port 6379, or auto",
+            remedy="felrec train joins the cluster; felrec submit takes the address of a dashboard",
+        )
+    host, _, port = rest.rpartition(":")
+    if port.isdecimal():  # else a name such as auto, or nonsense: Ray says so at once
+        check_reachable(address, host, int(port))
+
+
+def check_reachable(address: str, host: str, port: int) -> None:
+    """Raises ConfigError if nobody listens."""
+    try:
+        socket.create_connection((host.strip("[]"), port), CONNECT_TIMEOUT_S).close()
+    except (OSError, OverflowError) as error:
+        raise no_cluster(address, error) from error
+
+
+def not_let_in(where: str, error: Exception) -> ConfigError:
+    """Returns the error of a cluster that asks for another token, or for one."""
+    return ConfigError(
+        "the Ray cluster does not let us in",
+        where=where,
+        got=str(error).splitlines()[0],
+        expected="the token that the cluster was started with",
+        remedy="set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH; for a cluster "
+        "without tokens set RAY_AUTH_MODE=disabled on both sides",
+    )
+
+
+def no_cluster(where: str, error: Exception) -> ConfigError:
+    """Returns the error of an address where no Ray answers."""
     return ConfigError(
         "no Ray cluster answers",
         where=where,
         got=error,
-        remedy="set RAY_ADDRESS to the cluster of the run, as 10.0.0.1:6379; "
-        "without it, a Ray of this machine is asked",
+        remedy="set RAY_ADDRESS to the cluster of the run, as 10.0.0.1:6379, or give felrec submit "
+        "its dashboard, as http://10.0.0.1:8265; without, a Ray of this machine is asked",
     )
 
 
@@ -343,29 +412,14 @@ def _check_is_alone(run_url: str) -> None:
         )
 
 
-def _check_resources(
-    config: ExperimentConfig, wait_s: float, pause: Callable[[float], None] = time.sleep
-) -> None:
-    """Raises ConfigError unless the cluster has what the workers need, now or soon."""
-    cluster = config.cluster
-    need = {
-        "CPU": cluster.num_workers * cluster.cpus_per_worker,
-        "GPU": cluster.num_workers * cluster.gpus_per_worker,
-    }
-    deadline = time.monotonic() + wait_s
-    have = ray.cluster_resources()
-    while any(amount > have.get(name, 0.0) for name, amount in need.items()):
-        if time.monotonic() >= deadline:
-            break
-        pause(1.0)
-        have = ray.cluster_resources()
-    for name, amount in need.items():
-        if amount > have.get(name, 0.0):
-            raise ConfigError(
-                f"the cluster has too few {name}s",
-                where="Ray cluster",
-                got=f"{have.get(name, 0.0):g} {name}",
-                expected=f"{amount:g} for {cluster.num_workers} workers",
-                remedy="lower cluster.num_workers, or cluster.cpus_per_worker and gpus_per_worker, "
-                "or use --local",
-            )
+def _check_outlives_job(config: ExperimentConfig) -> None:
+    """Raises ConfigError for a run's folder inside of what was uploaded with a job."""
+    working_dir = ray.get_runtime_context().runtime_env.get("working_dir")
+    if working_dir and absolute_url(config.run.url) != config.run.url:
+        raise ConfigError(
+            "run.url is relative to the files that were uploaded with the job, and is lost with it",
+            where="run.url",
+            got=config.run.url,
+            expected="a folder that all nodes reach, such as s3://bucket/run or a shared disk's",
+            remedy="set run.url=...; felrec submit takes relative paths from where it is typed",
+        )

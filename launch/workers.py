@@ -19,11 +19,11 @@ import ray
 import ray.exceptions
 import torch
 import torch.distributed as dist
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from felrec_dist.config import ClusterConfig
-from felrec_dist.errors import ConfigError, FelrecError, WorkerFailedError
+from felrec_dist.errors import FelrecError, WorkerFailedError
 
 POLL_S = 0.5
 # A worker trains in one thread and answers in another, however long a step is.
@@ -252,24 +252,15 @@ class _Silence:
 
 
 @contextmanager
-def starting_workers(
-    cluster: ClusterConfig, pause: Callable[[float], None] = time.sleep
-) -> Iterator[WorkerGroup]:
-    """Places the workers and has them start; kills them at the end, whatever came.
+def starting_workers(cluster: ClusterConfig, group: PlacementGroup) -> Iterator[WorkerGroup]:
+    """Has the workers start in their places; kills them at the end, whatever came.
 
     Args:
-        cluster: what they need, and for how long to wait for it.
-        pause: waits, or raises if it should not.
-
-    Raises:
-        ConfigError: there was no place for them in time.
+        cluster: what they need.
+        group: has a bundle for each.
     """
-    group = placement_group(
-        [_resources(cluster) for _ in range(cluster.num_workers)], strategy="PACK"
-    )
     actors: list[Any] = []
     try:
-        _wait_for_place(group, cluster, pause)
         for bundle in range(cluster.num_workers):
             actor_class = ray.remote(
                 num_cpus=cluster.cpus_per_worker,
@@ -286,33 +277,6 @@ def starting_workers(
     finally:
         for actor in actors:
             ray.kill(actor)
-        remove_placement_group(group)
-
-
-def _resources(cluster: ClusterConfig) -> dict[str, float]:
-    resources = {"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker}
-    return {name: amount for name, amount in resources.items() if amount > 0}
-
-
-def _wait_for_place(
-    group: PlacementGroup, cluster: ClusterConfig, pause: Callable[[float], None]
-) -> None:
-    deadline = time.monotonic() + cluster.start_timeout_s
-    ready = group.ready()
-    while not ray.wait([ready], timeout=POLL_S)[0]:
-        if time.monotonic() >= deadline:
-            need = ", ".join(f"{amount:g} {name}" for name, amount in _resources(cluster).items())
-            free = ray.available_resources()
-            raise ConfigError(
-                "the cluster has no free place for the workers",
-                where="Ray cluster",
-                got=", ".join(f"{free.get(name, 0.0):g} {name} free" for name in ("CPU", "GPU"))
-                + f" on all nodes together after {cluster.start_timeout_s:g} s",
-                expected=f"{cluster.num_workers} times {need}, each on one node",
-                remedy="wait until other jobs have ended, lower cluster.num_workers, or raise "
-                "cluster.start_timeout_s",
-            )
-        pause(0.0)
 
 
 def _failures(calls: Mapping[Any, int]) -> dict[int, Exception]:

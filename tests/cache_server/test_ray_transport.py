@@ -204,7 +204,7 @@ def test_errors_of_a_shard_are_the_same_as_in_process(
 
 def test_shards_that_find_no_place_are_named(session: None) -> None:
     with pytest.raises(
-        CacheTimeoutError, match=r"did not start(?s:.*)shards \[0, 1\] of 2(?s:.*)'CPU': 50.0"
+        CacheTimeoutError, match=r"did not start(?s:.*)shards \[0, 1\] of 2(?s:.*)50 CPU free"
     ):
         create_shard_actors(TABLES, 2, num_cpus=50, timeout_s=0.5, name="late")
     # They must not start later, when room is found, and hold memory that nobody knows of.
@@ -215,24 +215,25 @@ def test_shards_that_find_no_place_are_named(session: None) -> None:
 
 
 def test_a_placement_group_and_names(session: None) -> None:
+    group = ray.util.placement_group([{"CPU": 0.5}, {"CPU": 0.5}])
     handles = create_shard_actors(
         TABLES,
         2,
         num_cpus=0.5,
-        placement_strategy="PACK",
+        placement_group=group,
         name="cache",
         namespace="tests",
         fetch_threads=1,
     )
     try:
-        assert handles.placement_group.bundle_specs == [{"CPU": 0.5}, {"CPU": 0.5}]
+        free = ray.available_resources()
+        assert not any(free.get(f"CPU_group_{bundle}_{group.id.hex()}") for bundle in range(2))
         named = ray.get_actor("cache-1", namespace="tests")
         assert named == handles.actors[1]
         assert CacheClient(RayTransport(handles), 20.0).digest() == {"user": 0, "item": 0}
     finally:
         destroy_shard_actors(handles)
-    state = ray.util.placement_group_table(handles.placement_group)["state"]
-    assert state == "REMOVED"
+        ray.util.remove_placement_group(group)
 
 
 def test_named_shards_are_found_again_and_only_while_they_live(session: None) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,8 @@ ray = pytest.importorskip("ray")
 
 from ray.cluster_utils import Cluster  # noqa: E402
 
-from cache_server.ray_transport import create_shard_actors  # noqa: E402
 from felrec_dist.config import ExperimentConfig  # noqa: E402
 from felrec_dist.training.checkpoint import CheckpointStore  # noqa: E402
-from launch import on_ray  # noqa: E402
 from tests.chaos.kills import KINDS, Lines, experiment, prepare_events, train  # noqa: E402
 from tests.processes import actors  # noqa: E402
 from tests.runs import differences  # noqa: E402
@@ -45,9 +42,6 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     Nodes are processes of this machine.
     """
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    # The shards of so small an experiment would all stay with the driver.
-    spread = partial(create_shard_actors, num_cpus=SHARD_CPUS, placement_strategy="SPREAD")
-    monkeypatch.setattr(on_ray, "create_shard_actors", spread)
     cluster = Cluster(
         initialize_head=True, head_node_args={**NODE, "num_cpus": 0, "include_dashboard": False}
     )
@@ -89,7 +83,8 @@ def test_a_lost_node_is_replaced(cluster: Any, tmp_path: Path) -> None:
 
 
 def on_whole_nodes(config: ExperimentConfig) -> ExperimentConfig:
-    cluster = config.cluster.model_copy(update={"cpus_per_worker": float(WORKER_CPUS)})
+    cpus = {"cpus_per_worker": float(WORKER_CPUS), "cpus_per_shard": float(SHARD_CPUS)}
+    cluster = config.cluster.model_copy(update=cpus)
     return config.model_copy(update={"cluster": cluster})
 
 

@@ -99,7 +99,8 @@ def test_error_of_a_worker_reaches_the_user(data: Path, tmp_path: Path) -> None:
 def test_too_few_cpus_are_named(data: Path, tmp_path: Path) -> None:
     where = (f"data.url={data}", f"run.url={tmp_path / 'run'}")
     output = run("train", "configs/ml-100k_q.yaml", *where, "cluster.cpus_per_worker=1000", code=1)
-    assert "the cluster has too few CPUs" in output
+    assert "the cluster is too small for the run" in output
+    assert "of 2000 CPU; no node will join" in output
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -17,8 +18,15 @@ import torch.distributed as dist
 ray = pytest.importorskip("ray")
 
 from felrec_dist.config import ClusterConfig  # noqa: E402
-from felrec_dist.errors import ConfigError, StorageError, WorkerFailedError  # noqa: E402
-from launch.workers import Place, Seat, seats, starting_workers  # noqa: E402
+from felrec_dist.errors import StorageError, WorkerFailedError  # noqa: E402
+from launch.places import for_workers, reserved  # noqa: E402
+from launch.workers import (  # noqa: E402
+    Place,
+    Seat,
+    WorkerGroup,
+    seats,
+    starting_workers,
+)
 from tests.processes import actors  # noqa: E402
 from tests.ray_sessions import ray_session  # noqa: E402
 
@@ -106,8 +114,17 @@ def two(session: None) -> Iterator[ClusterConfig]:
         time.sleep(0.1)
 
 
+@contextmanager
+def started(cluster: ClusterConfig) -> Iterator[WorkerGroup]:
+    with (
+        reserved([for_workers(cluster)], cluster.start_timeout_s) as [group],
+        starting_workers(cluster, group) as workers,
+    ):
+        yield workers
+
+
 def run(cluster: ClusterConfig, body: Callable[[torch.device], None]) -> None:
-    with starting_workers(cluster) as workers:
+    with started(cluster) as workers:
         workers.run(body)
 
 
@@ -160,44 +177,16 @@ def test_a_process_that_hangs_or_dies_in_its_start_is_given_up(
         os.kill(hit[0], sent)
 
     thread = threading.Thread(target=hit_one)
-    with starting_workers(limited) as workers:
+    with started(limited) as workers:
         thread.start()
         thread.join()
         with pytest.raises(WorkerFailedError, match=said):
             workers.run(lambda device: None)
 
 
-def test_without_a_place_the_error_says_what_is_free(two: ClusterConfig) -> None:
-    limited = two.model_copy(update={"start_timeout_s": 1.0})
-    with (
-        starting_workers(two.model_copy(update={"num_workers": 1})),
-        pytest.raises(
-            ConfigError,
-            match=r"no free place(?s:.*)got: 1 CPU free, 0 GPU free(?s:.*)2 times 1 CPU, each",
-        ),
-        starting_workers(limited),
-    ):
-        raise AssertionError("there was a place")
-
-
-def test_who_waits_for_a_place_can_be_stopped(two: ClusterConfig) -> None:
-    class Stopped(Exception):
-        pass
-
-    def pause(seconds: float) -> None:
-        raise Stopped
-
-    with (
-        starting_workers(two.model_copy(update={"num_workers": 1})),
-        pytest.raises(Stopped),
-        starting_workers(two, pause),
-    ):
-        raise AssertionError("there was a place")
-
-
 def test_a_body_that_raises_leaves_no_worker(two: ClusterConfig) -> None:
     def run_and_fail() -> None:
-        with starting_workers(two) as workers:
+        with started(two) as workers:
             workers.run(lambda device: None)
             raise ZeroDivisionError
 
