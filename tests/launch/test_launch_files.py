@@ -251,6 +251,9 @@ def test_the_image_is_installed_by_the_script_of_the_tests() -> None:
     assert "launch/install.sh $(VENV)" in (ROOT / "Makefile").read_text()
 
 
+PINNED = "--constraint ROOT/launch/constraints.txt"
+
+
 @pytest.mark.parametrize(
     ("environment", "step", "installed"),
     [
@@ -261,13 +264,21 @@ def test_the_image_is_installed_by_the_script_of_the_tests() -> None:
             None,
             [
                 "torch==V+cpu",
-                "--editable ROOT[ray,s3,test] --constraint ROOT/launch/constraints.txt",
+                # TorchRec itself would bring the CUDA build of fbgemm-gpu along.
+                f"tensordict pyre-extensions torchmetrics tqdm {PINNED}",
+                f"--no-deps torchrec fbgemm-gpu-cpu {PINNED}",
+                f"--editable ROOT[ray,s3,test] {PINNED}",
             ],
         ),
         (
-            {"EXTRAS": "ray,s3", "TORCH_BUILD": "cuda"},
+            {"EXTRAS": "ray,s3", "TORCH_BUILD": "cpu"},
             "felrec",
-            ["--editable ROOT[ray,s3] --constraint ROOT/launch/constraints.txt"],
+            [f"--editable ROOT[ray,s3] {PINNED}"],
+        ),
+        (
+            {"TORCH_BUILD": "cuda"},
+            "felrec",
+            [f"--editable ROOT[ray,s3,torchrec,test] {PINNED}"],
         ),
     ],
 )
