@@ -179,7 +179,7 @@ def test_a_run_is_submitted_stopped_and_goes_on(head: Head, tmp_path: Path) -> N
     assert job in output
     assert "AWS_SECRET_ACCESS_KEY" in output
     assert SECRET not in output + (tmp_path / "run" / "config.yaml").read_text()
-    wait_until(lambda: nothing_runs(head))
+    wait_until(lambda: cluster.job(job).status.is_terminal() and nothing_runs(head))
     assert "stopped; newest checkpoint" in cluster.printed(job)
     newest = store.latest()
     assert newest is not None
