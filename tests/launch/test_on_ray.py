@@ -168,3 +168,22 @@ def processes_in(session: int) -> list[str]:
         except (FileNotFoundError, ProcessLookupError):
             continue
     return found
+
+
+@pytest.mark.slow
+def test_a_baseline_goes_the_same_way(data: Path, tmp_path: Path) -> None:
+    """BPR-MF on two workers, each with half of the rows of its tables, beside FELRec in a table."""
+    pytest.importorskip("torchrec")
+    folders = {"bpr": tmp_path / "bpr", "felrec": tmp_path / "felrec"}
+    bpr = ("configs/ml-100k_bpr-mf.yaml", "cluster.num_workers=2", "training.schedule.epochs=2")
+    run("train", *bpr, f"data.url={data}", f"run.url={folders['bpr']}")
+    felrec = ("configs/ml-100k_q.yaml", *SMALL, "evaluation.candidates=training")
+    run("train", *felrec, f"data.url={data}", f"run.url={folders['felrec']}")
+
+    manifest = json.loads((folders["bpr"] / "checkpoints/epoch-0001/manifest.json").read_text())
+    assert len(manifest["tables"]) == 2
+    table = run("compare", *map(str, folders.values()), "--format", "markdown")
+    (row,) = [line for line in table.splitlines() if "bpr-mf" in line]
+    assert "bpr-mf" in table
+    assert "felrec-q" in table
+    assert row.count("| - ") >= 2, "it serves neither new users nor new items"
