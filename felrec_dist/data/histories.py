@@ -9,6 +9,7 @@ Shapes: B events, N history length, M distinct ids.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,8 +63,8 @@ class HistoryReader:
             )
         self.history_length = history_length
         # As plain arrays over the maps: np.memmap would make every result a memmap.
-        self._items_of_users = np.asarray(dataset.neighbours("user"))
-        self._users_of_items = np.asarray(dataset.neighbours("item"))
+        self._items_of_users = [np.asarray(segment) for segment in dataset.neighbours("user")]
+        self._users_of_items = [np.asarray(segment) for segment in dataset.neighbours("item")]
 
     def read(self, batch: EventBatch) -> tuple[Histories, Histories]:
         """The items of each event's user and the users of each event's item, before it."""
@@ -72,8 +73,23 @@ class HistoryReader:
             self._gather(self._users_of_items, batch.item_offset, batch.item_length),
         )
 
-    def _gather(self, neighbours: Int64s, offset_B: Int64s, length_B: Int64s) -> Histories:
+    def _gather(self, segments: Sequence[Int64s], offset_B: Int64s, length_B: Int64s) -> Histories:
         lengths_B = np.minimum(length_B, self.history_length)
+        if len(segments) == 1:
+            ids_BN = self._slices(segments[0], offset_B, lengths_B)
+        else:
+            ids_BN = np.zeros((len(offset_B), self.history_length), np.int64)
+            first = 0
+            for segment in segments:
+                is_here_B = (offset_B >= first) & (offset_B < first + len(segment))
+                if is_here_B.any():
+                    ids_BN[is_here_B] = self._slices(
+                        segment, offset_B[is_here_B] - first, lengths_B[is_here_B]
+                    )
+                first += len(segment)
+        return Histories(ids_BN=ids_BN, lengths_B=lengths_B)
+
+    def _slices(self, neighbours: Int64s, offset_B: Int64s, lengths_B: Int64s) -> Int64s:
         slots_N = np.arange(self.history_length, dtype=np.int64)
         index_BN = (offset_B - 1)[:, None] - slots_N
         is_valid_BN = slots_N < lengths_B[:, None]
@@ -81,4 +97,4 @@ class HistoryReader:
         index_BN *= is_valid_BN
         ids_BN = neighbours[index_BN]
         ids_BN *= is_valid_BN
-        return Histories(ids_BN=ids_BN, lengths_B=lengths_B)
+        return ids_BN
