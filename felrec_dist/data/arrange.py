@@ -5,16 +5,17 @@ the events sorted by (entity, position), so an event's offset is its row number 
 history's length is that offset minus the first one of its entity.
 
 Preparing is appending to nothing. The new events get the event ids and positions from
-``base.num_events`` on; a user of old events keeps its index, a new one gets the next. All old events
-of the users that the new ones touch are sorted once more among the new ones, and so become one run
-of the new segment of the neighbour index: old offsets stay, and what is copied grows with the
-entities that are touched, not with all.
+``base.num_events`` on; a user of old events keeps its index, a new one gets the next. All old
+events of the users that the new ones touch are sorted once more among the new ones, and so become
+one run of the new segment of the neighbour index: old offsets stay, and what is copied grows with
+the entities that are touched, not with all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import duckdb
 import pyarrow as pa
@@ -60,15 +61,21 @@ class Arrangement:
             ("find old events", self._old_events, None),
             *((f"sort by {side}", self._by(side), None) for side in SIDES),
             *((f"offsets of {side}s", self._offsets(side), None) for side in SIDES),
-            *((f"count {side}s", self._count(side), None) for side in SIDES),
+            ("count", self._count, None),
         ]
         for number, (name, step, read_last) in enumerate(steps):
             self.progress("sort", number, len(steps))
-            self.stages.run(name, step)
+            self.stages.run(name, partial(self._at_once, step))
             if read_last is not None:
                 # Only now: a step that is run again needs what it reads.
                 self.connection.execute(f"DROP TABLE IF EXISTS {read_last}")
         self.progress("sort", len(steps), len(steps))
+
+    def _at_once(self, step: Callable[[], None]) -> None:
+        """One commit for all tables of a step: each waits for the disk."""
+        self.connection.begin()
+        step()
+        self.connection.commit()
 
     def events(self) -> Rows:
         events = self._rows("SELECT * FROM events")
@@ -235,7 +242,11 @@ class Arrangement:
             f"WHERE position >= {self.base.num_events}) ORDER BY position",
         )
 
-    def _count(self, side: Side) -> Callable[[], None]:
+    def _count(self) -> None:
+        for side in SIDES:
+            self._count_side(side)
+
+    def _count_side(self, side: Side) -> None:
         first = recounted_from(self.base, self.split)
         of_new = {name: f"coalesce(new.{name}, 0)" for name in CATALOGUE_NUMBERS[2:]}
         of_old = {name: f"coalesce(recounted.{name}, 0)" for name in CATALOGUE_NUMBERS[2:]}
@@ -245,7 +256,7 @@ class Arrangement:
         columns = ", ".join(
             f"coalesce(new.{name}, old.{name}) AS {name}" for name in ("id", "name")
         )
-        return lambda: self._create(
+        self._create(
             f"{side}_catalogue",
             f"""
             SELECT {columns}, coalesce(old.first_position, new.first_position) AS first_position,

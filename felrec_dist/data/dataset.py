@@ -15,10 +15,10 @@ laid one after the other. The history of an event is one slice of a neighbour fi
 be read without replaying what precedes it.
 
 Events may be appended (:func:`felrec_dist.data.prepare.append`). The k-th append adds parts, a
-*segment* ``neighbours/items_of_users-0000k.npy`` with all neighbours, the old ones once more, of the
-users it touches (likewise for items), and the catalogues ``catalogue/users-0000k.parquet`` in the
-place of the former ones. Offsets count through the segments laid one after the other, and no slice
-crosses from one into the next: what was written for old events stays as it is.
+*segment* ``neighbours/items_of_users-0000k.npy`` with all neighbours, the old ones once more, of
+the users it touches (likewise for items), and the catalogues ``catalogue/users-0000k.parquet`` in
+the place of the former ones. Offsets count through the segments laid one after the other, and no
+slice crosses from one into the next: what was written for old events stays as it is.
 
 Users and items have a *key* (any int64: the raw id, or for string ids the index) and an *index*,
 the dense number in order of first appearance. The order makes one comparison out of a question
@@ -79,7 +79,7 @@ Int64Map = np.memmap[Any, np.dtype[np.int64]]
 
 
 def neighbour_file(side: Side, append: int = 0) -> str:
-    """The path of a segment of the neighbour index: the first preparation's, or the k-th append's."""
+    """The path of a segment of the neighbour index: of the preparation, or of the k-th append."""
     name = "items_of_users" if side == "user" else "users_of_items"
     return f"neighbours/{name}{f'-{append:05d}' if append else ''}.npy"
 

@@ -69,27 +69,28 @@ class HistoryReader:
     def read(self, batch: EventBatch) -> tuple[Histories, Histories]:
         """The items of each event's user and the users of each event's item, before it."""
         return (
-            self._gather(self._items_of_users, batch.user_offset, batch.user_length),
-            self._gather(self._users_of_items, batch.item_offset, batch.item_length),
+            self._read_side(self._items_of_users, batch.user_offset, batch.user_length),
+            self._read_side(self._users_of_items, batch.item_offset, batch.item_length),
         )
 
-    def _gather(self, segments: Sequence[Int64s], offset_B: Int64s, length_B: Int64s) -> Histories:
-        lengths_B = np.minimum(length_B, self.history_length)
+    def _read_side(
+        self, segments: Sequence[Int64s], offset_B: Int64s, length_B: Int64s
+    ) -> Histories:
         if len(segments) == 1:
-            ids_BN = self._slices(segments[0], offset_B, lengths_B)
-        else:
-            ids_BN = np.zeros((len(offset_B), self.history_length), np.int64)
-            first = 0
-            for segment in segments:
-                is_here_B = (offset_B >= first) & (offset_B < first + len(segment))
-                if is_here_B.any():
-                    ids_BN[is_here_B] = self._slices(
-                        segment, offset_B[is_here_B] - first, lengths_B[is_here_B]
-                    )
-                first += len(segment)
+            return self._gather(segments[0], offset_B, length_B)
+        ids_BN = np.zeros((len(offset_B), self.history_length), np.int64)
+        lengths_B = np.zeros_like(length_B)
+        first = 0
+        for segment in segments:
+            is_here_B = (first <= offset_B) & (offset_B < first + len(segment))
+            if is_here_B.any():
+                found = self._gather(segment, offset_B[is_here_B] - first, length_B[is_here_B])
+                ids_BN[is_here_B], lengths_B[is_here_B] = found.ids_BN, found.lengths_B
+            first += len(segment)
         return Histories(ids_BN=ids_BN, lengths_B=lengths_B)
 
-    def _slices(self, neighbours: Int64s, offset_B: Int64s, lengths_B: Int64s) -> Int64s:
+    def _gather(self, neighbours: Int64s, offset_B: Int64s, length_B: Int64s) -> Histories:
+        lengths_B = np.minimum(length_B, self.history_length)
         slots_N = np.arange(self.history_length, dtype=np.int64)
         index_BN = (offset_B - 1)[:, None] - slots_N
         is_valid_BN = slots_N < lengths_B[:, None]
@@ -97,4 +98,4 @@ class HistoryReader:
         index_BN *= is_valid_BN
         ids_BN = neighbours[index_BN]
         ids_BN *= is_valid_BN
-        return ids_BN
+        return Histories(ids_BN=ids_BN, lengths_B=lengths_B)

@@ -6,8 +6,8 @@ appears under its name only when it is whole: a local folder by renaming, a remo
 with ``dataset.json`` last.
 
 A preparation by DuckDB that was killed, or met a storage that failed, goes on after its last
-finished stage when it is called again with the same source and settings (``stages.py``). Wrong input
-leaves nothing behind.
+finished stage when it is called again with the same source and settings (``stages.py``). Wrong
+input leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def prepare(
     workplace = Workplace(
         target.out, target.local, temp_dir, _key(source, files, settings, name=name)
     )
-    if not workplace.database.exists():
+    if not workplace.is_begun:
         target.check_free(overwrite)
 
     job = _Job(source, files, name, settings, target, workplace, progress or _silent)
@@ -156,8 +156,8 @@ def append(
     """Append later events to the prepared data set at ``out`` and open the result.
 
     Content and digest are those of a preparation of the old raw files followed by the new ones. No
-    file of old events or neighbours is written again, only read; the catalogues are. ``dataset.json``
-    is replaced last: until then the old data set is whole.
+    file of old events or neighbours is written again, only read; the catalogues are.
+    ``dataset.json`` is replaced last: until then the old data set is whole.
 
     Args:
         source: of the new events, none of which may be earlier than the last old one.
@@ -298,7 +298,7 @@ class _Job:
                         self._run_on_duckdb(base, before, publish)
             except BaseException as error:
                 is_wrong_input = isinstance(error, RawDataError | DatasetError)
-                if is_wrong_input or not self.workplace.has_finished_stage:
+                if is_wrong_input or not self.workplace.is_begun:
                     self.workplace.discard()
                 raise
             self.workplace.discard()
@@ -512,18 +512,21 @@ def _at_once(_name: str, stage: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 def _with_ids_of(manifest: Mapping[str, Any], source: RawSource) -> RawSource:
     """The source read with the kinds of ids that the data set has."""
-    kinds: dict[str, IdKind] = {}
-    for field in ("user_ids", "item_ids"):
-        given, kinds[field] = getattr(source, field), manifest[field]
-        if given not in (None, kinds[field]):
+    user_ids: IdKind = manifest["user_ids"]
+    item_ids: IdKind = manifest["item_ids"]
+    for field, given, known in (
+        ("user_ids", source.user_ids, user_ids),
+        ("item_ids", source.item_ids, item_ids),
+    ):
+        if given not in (None, known):
             raise ConfigError(
                 "The ids of the new events are of another kind than those of the data set.",
                 where=field,
                 got=given,
-                expected=kinds[field],
+                expected=known,
                 remedy="read them as the data set has them, or prepare all raw files again",
             )
-    return replace(source, **kinds)
+    return replace(source, user_ids=user_ids, item_ids=item_ids)
 
 
 def _fractions(validation: Fraction, test: Fraction) -> tuple[Decimal, Decimal]:

@@ -6,8 +6,8 @@ and for each side the neighbours. It spills to the disks of the nodes.
 
 The driver takes the sorted blocks one after the other, hashes and writes them: the digest is of all
 events in their order, and no task could add to it beside another. So the output folder need not be
-shared, and the files are those of the other engine. The users and the items must fit into the memory
-of one process, as they must to read the data set.
+shared, and the files are those of the other engine. The users and the items must fit into the
+memory of one process, as they must to read the data set.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ T = TypeVar("T")
 
 @contextmanager
 def cluster() -> Iterator[None]:
-    """The Ray that is running, the one of ``RAY_ADDRESS``, or one of this machine for this while."""
+    """The Ray that is running, that of ``RAY_ADDRESS``, or one of this machine for this while."""
     is_ours = not ray.is_initialized()
     if is_ours and os.environ.get("RAY_ADDRESS"):
         ray.init(log_to_driver=False, logging_level="warning")
@@ -347,14 +347,16 @@ def _in_our_words(error: BaseException) -> FelrecError:
     """The error of a task if it is one of ours."""
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, FelrecError):
-            # Ray's own class of it carries the trace of the task as its words.
-            return cause.cause if isinstance(getattr(cause, "cause", None), FelrecError) else cause
-        cause = getattr(cause, "cause", None) or cause.__cause__
+        # Ray raises a class of both kinds, with the trace of the task for words, and the error
+        # itself as its cause.
+        inner = getattr(cause, "cause", None) or cause.__cause__
+        if isinstance(cause, FelrecError) and not isinstance(inner, FelrecError):
+            return cause
+        cause = inner
     if isinstance(error, TimeoutError):
         got = f"nothing within {STAGE_LIMIT_S:.0f} s"
     else:
-        got = str(error).strip().splitlines()[-1]
+        got = (str(error).strip().splitlines() or [""])[-1]
     return StorageError(
         "The preparation on Ray failed.",
         where="Ray Data",

@@ -11,6 +11,7 @@ is read twice, and once more to say which line is wrong.
 from __future__ import annotations
 
 import csv
+import dataclasses
 import difflib
 import glob
 import gzip
@@ -23,7 +24,7 @@ import zipfile
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -56,7 +57,7 @@ class RawSource:
 
     Attributes:
         layout: name of the layout, for messages and for ``dataset.json``.
-        paths: files, globs or folders, local or URLs that fsspec knows; a ``.zip`` is read as it is.
+        paths: files, globs or folders, local or any URL that fsspec knows; a ``.zip`` may hold one.
         format: ``"csv"`` (any delimited text, ``.gz`` too) or ``"parquet"``.
         user, item, timestamp: column names; without a header, column numbers from 0.
         timestamp_unit: ``"s"``, ``"ms"``, ``"us"`` or ``"iso"`` (without a zone: UTC). Parquet
@@ -89,7 +90,7 @@ class RawSource:
     item_ids: IdKind | None = None
     members: tuple[str, ...] = ()
     # May hold a secret: never printed.
-    storage_options: Mapping[str, Any] | None = field(default=None, repr=False)
+    storage_options: Mapping[str, Any] | None = dataclasses.field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         by_name = self.has_header or self.format == "parquet"
@@ -429,7 +430,9 @@ class RawFile:
 
     path: str
     member: str | None = None
-    storage_options: Mapping[str, Any] | None = field(default=None, repr=False, compare=False)
+    storage_options: Mapping[str, Any] | None = dataclasses.field(
+        default=None, repr=False, compare=False
+    )
 
     def __str__(self) -> str:
         return f"{self.path}/{self.member}" if self.member else self.path
@@ -498,7 +501,7 @@ class RawFile:
 
 @dataclass(frozen=True)
 class RawTable:
-    """What :func:`load` put into the table ``raw``; ``first_rows`` has the first row of each file."""
+    """What :func:`load` put into the table ``raw``; ``first_rows`` has one row number a file."""
 
     first_rows: tuple[int, ...]
     num_events: int

@@ -1,7 +1,7 @@
 """The finished stages of a preparation, so that one that was killed goes on after the last of them.
 
-Everything lies in two folders. *work* holds the database of DuckDB, with the sorted tables and the
-list of finished stages, and what spills; the database is named by a digest of the source and the
+Everything lies in two folders. *work* holds the database of DuckDB with the sorted tables, the list
+of finished stages, and what spills; database and list are named by a digest of the source and the
 settings, so any other preparation finds none and starts anew. *building* holds the files of the
 data set to be: beside a local output, so that publishing is a rename, and in *work* otherwise.
 """
@@ -26,7 +26,6 @@ from felrec_dist.errors import ConfigError, DatasetError, storage_errors
 from felrec_dist.storage import json_sha256
 
 _BYTES_PER_THREAD = 128_000_000  # below, DuckDB's operators run out of pinned blocks
-_STAGES = "finished_stages"
 
 
 @dataclass
@@ -38,14 +37,12 @@ class Workplace:
         local_out: its path, None for a remote one.
         temp_dir: where *work* lies; the default is the folder of a local output, else the system's.
         key: what the preparation depends on.
-        has_finished_stage: there is something to go on from.
     """
 
     out: str
     local_out: Path | None
     temp_dir: str | os.PathLike[str] | None
     key: Mapping[str, Any]
-    has_finished_stage: bool = False
     _made: list[Path] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -56,7 +53,14 @@ class Workplace:
         self.building = (
             self.work / "dataset" if local is None else local.with_name(f".{local.name}.partial")
         )
-        self.database = self.work / f"{json_sha256({**self.key, 'duckdb': duckdb.__version__})}.db"
+        digest = json_sha256({**self.key, "duckdb": duckdb.__version__})
+        self.database = self.work / f"{digest}.db"
+        self.list_of_stages = self.work / f"{digest}.json"
+
+    @property
+    def is_begun(self) -> bool:
+        """There is a finished stage to go on after."""
+        return self.database.exists() and self.list_of_stages.exists()
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -70,7 +74,7 @@ class Workplace:
             handle = os.open(self.building, os.O_RDONLY)
         try:
             self._lock(handle)
-            if not self.database.exists():
+            if not self.is_begun:
                 self._empty()
             yield
         finally:
@@ -121,12 +125,8 @@ class Stages:
     _finished: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.connection.execute(
-            f"CREATE TABLE IF NOT EXISTS {_STAGES} (name VARCHAR, facts VARCHAR)"
-        )
-        rows = self.connection.execute(f"SELECT name, facts FROM {_STAGES}").fetchall()
-        self._finished = {name: json.loads(facts) for name, facts in rows}
-        self.workplace.has_finished_stage = bool(rows)
+        if self.workplace.is_begun:
+            self._finished = json.loads(self.workplace.list_of_stages.read_text())
 
     def facts(self, name: str) -> dict[str, Any] | None:
         """What a stage gave; None if it is not finished."""
@@ -146,9 +146,12 @@ class Stages:
         return facts
 
     def record(self, name: str, facts: Mapping[str, Any]) -> None:
-        self.connection.execute(f"INSERT INTO {_STAGES} VALUES (?, ?)", [name, json.dumps(facts)])
+        """Counts a stage as finished: what it made is in its place, and committed."""
         self._finished[name] = dict(facts)
-        self.workplace.has_finished_stage = True
+        path = self.workplace.list_of_stages
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(self._finished))
+        partial.replace(path)
 
     def _has_files(self, facts: Mapping[str, Any]) -> bool:
         files = [*facts.get("files", ()), *facts.get("parts", ())]

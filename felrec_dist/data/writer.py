@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -231,8 +230,6 @@ class Writer:
 
     def _file(self, path: str) -> DataFile:
         with (self.folder / path).open("rb") as stream:
-            # A stage that counts as finished must also survive the machine.
-            os.fsync(stream.fileno())
             sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
             return DataFile(path=path, bytes=stream.tell(), sha256=sha256)
 

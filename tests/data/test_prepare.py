@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from felrec_dist.data.dataset import Catalogue, PreparedDataset, Span
+from felrec_dist.data.dataset import Catalogue, PreparedDataset, Side, Span
 from felrec_dist.data.histories import Histories, HistoryReader
 from felrec_dist.data.prepare import prepare
 from felrec_dist.data.sources import RawSource
@@ -91,8 +91,10 @@ def assert_equals_oracle(dataset: PreparedDataset, rows: list[Row], history_leng
     user_key = dict(zip(users, user_keys, strict=True))
     items_of_users = [item_key[item] for user in users for item in truth.items_of[user]]
     users_of_items = [user_key[user] for item in items for user in truth.users_of[item]]
-    assert dataset.neighbours("user").tolist() == items_of_users
-    assert dataset.neighbours("item").tolist() == users_of_items
+    sides: list[tuple[Side, list[int]]] = [("user", items_of_users), ("item", users_of_items)]
+    for side, expected in sides:
+        [segment] = dataset.neighbours(side)
+        assert segment.tolist() == expected
 
     split = dataset.split
     for catalogue, column, ids, num_train in (
@@ -267,14 +269,14 @@ def test_more_data_than_memory(tmp_path: Path) -> None:
             batch.user_index,
             batch.user_length,
             batch.user_offset,
-            dataset.neighbours("user"),
+            dataset.neighbours("user")[0],
             batch.item,
         ),
         (
             batch.item_index,
             batch.item_length,
             batch.item_offset,
-            dataset.neighbours("item"),
+            dataset.neighbours("item")[0],
             batch.user,
         ),
     ):
