@@ -81,7 +81,7 @@ def test_thousands_of_events(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_movielens(tmp_path: Path) -> None:
-    path = Path(__file__).parents[3] / "shared" / "data" / "raw" / "ml-100k"
+    path = Path(__file__).parents[3] / "shared" / "data" / "ml-100k"
     if not path.exists():
         pytest.skip("the raw files are not there")
     both(RawSource.detect(path), tmp_path, part_events=30_000, row_group_events=4_000)
