@@ -67,7 +67,11 @@ class Workplace:
         """Makes the folders and keeps other processes out of them."""
         if self.local_out is not None:
             self._made = _make_parents(self.local_out)
-        _make_work(self.work)
+        try:
+            _make_work(self.work)
+        except BaseException:
+            self._remove_made()
+            raise
         with storage_errors("The prepared data set cannot be written.", self.out):
             self.building.mkdir(exist_ok=True)
             # Locks the folder itself: the system lets go of it when the process dies.
@@ -84,6 +88,9 @@ class Workplace:
         """Removes both folders, and what was made to hold them."""
         for folder in (self.building, self.work):
             shutil.rmtree(folder, ignore_errors=True)
+        self._remove_made()
+
+    def _remove_made(self) -> None:
         for folder in self._made:
             with suppress(OSError):
                 folder.rmdir()

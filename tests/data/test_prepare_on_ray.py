@@ -70,7 +70,6 @@ def test_integer_ids_and_kinds_told_from_all_files(tmp_path: Path) -> None:
     both(source, tmp_path / "mixed", **thirds)
 
 
-@pytest.mark.slow
 def test_thousands_of_events(tmp_path: Path) -> None:
     path = synthesize(tmp_path / "raw.parquet", SyntheticConfig(num_events=60_000, seed=1))
     source = RawSource.parquet(
@@ -79,7 +78,6 @@ def test_thousands_of_events(tmp_path: Path) -> None:
     both(source, tmp_path, part_events=25_000, row_group_events=9_999)
 
 
-@pytest.mark.slow
 def test_movielens(tmp_path: Path) -> None:
     path = Path(__file__).parents[3] / "shared" / "data" / "ml-100k"
     if not path.exists():
