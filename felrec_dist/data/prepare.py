@@ -99,7 +99,7 @@ def prepare(
         memory_limit: of DuckDB, such as ``"2GB"``; what does not fit goes to ``temp_dir``. With Ray
             that of each task that reads a file.
         part_events, row_group_events: events a file, and a row group of it.
-        temp_dir: room for about 100 bytes an event, for remote raw files, and for the data set if
+        temp_dir: room for about 150 bytes an event, for remote raw files, and for the data set if
             ``out`` is remote; the default is the folder of a local ``out`` and the system's folder
             otherwise.
         temp_limit: how much of ``temp_dir`` tables and spilled data may take, such as ``"200GB"``;

@@ -138,7 +138,11 @@ def test_a_segment_holds_the_touched_entities_only(tmp_path: Path) -> None:
     assert found.segment_lengths("item") == (35, 7)
 
 
-@pytest.mark.parametrize("fractions", [{}, {"test_fraction": 0.3}, {"validation_fraction": 0.05}])
+@pytest.mark.parametrize(
+    "fractions",
+    # With the last, old training events become test events.
+    [{}, {"test_fraction": 0.3}, {"validation_fraction": 0.05}, {"test_fraction": 0.5}],
+)
 def test_the_split_is_of_all_events(tmp_path: Path, fractions: dict[str, Any]) -> None:
     rows = in_order(some_rows(150))
     prepare_rows(rows[:100], tmp_path, test_fraction=0.2)

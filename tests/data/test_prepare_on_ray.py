@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -88,8 +89,11 @@ def test_movielens(tmp_path: Path) -> None:
 def test_a_bad_row_is_named(tmp_path: Path) -> None:
     (tmp_path / "raw.csv").write_text("t,u,i\n5,1,1\nsoon,2,2\n")
     source = RawSource.csv(tmp_path / "raw.csv", **COLUMNS)
-    with pytest.raises(RawDataError, match=r"cannot be read(.|\n)*raw\.csv, row 3, column 't'"):
+    with pytest.raises(
+        RawDataError, match=r"cannot be read(.|\n)*raw\.csv, row 3, column 't'"
+    ) as error:
         prepare(source, tmp_path / "out", name="rows", engine="ray")
+    assert type(error.value) is RawDataError, "not Ray's own, whose words are a trace"
     assert entries(tmp_path) == ["raw.csv"]
 
 
@@ -99,6 +103,12 @@ def test_a_wait_has_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(StorageError, match=r"on Ray failed(.|\n)*nothing within 0 s"):
         prepare(source, tmp_path / "out", name="rows", engine="ray")
     assert entries(tmp_path) == ["raw.parquet"]
+    ready = threading.Event()
+    try:
+        with pytest.raises(TimeoutError):
+            ray_arrange._within_limit(lambda: ready.wait(30))
+    finally:
+        ready.set()
 
 
 def test_a_cluster_without_processors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
