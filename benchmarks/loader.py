@@ -38,8 +38,8 @@ def measure(work: Workload, num_batches: int, device: torch.device) -> Report:
     reader = HistoryReader(work.dataset, length)
     stream = EventStream(work.dataset, span, BATCH_SIZE)
     batch, _ = next(stream.batches())
-    items_of_users = np.asarray(work.dataset.neighbours("user"))
-    users_of_items = np.asarray(work.dataset.neighbours("item"))
+    items_of_users = np.asarray(work.dataset.neighbours("user")[0])
+    users_of_items = np.asarray(work.dataset.neighbours("item")[0])
 
     def numpy_histories() -> list[tuple[Int64s, Int64s]]:
         return [

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.measure import Report
 
-NAMES = ("loader", "encoder", "step", "end-to-end", "evaluate", "workers")
+NAMES = ("loader", "encoder", "step", "end-to-end", "evaluate", "workers", "prepare")
 # It measures shards, and knows no device.
 CACHE = "cache"
 

@@ -21,7 +21,9 @@ ALL = "all"
 def benchmark(
     name: Annotated[
         str,
-        typer.Argument(help="loader, encoder, step, train, evaluate, workers, cache, or all"),
+        typer.Argument(
+            help="loader, encoder, step, end-to-end, evaluate, workers, prepare, cache, or all"
+        ),
     ] = ALL,
     goals: Annotated[
         bool, typer.Option("--goals", help="hold the ratios against the goals; exit code 1 if not")

@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 from felrec_dist.errors import ConfigError, FelrecError, RunStoppedError
 from launch.benchmark_cli import benchmark
@@ -77,7 +84,10 @@ def prepare(
             "csv, parquet, or auto to tell by the file names"
         ),
     ],
-    paths: Annotated[list[str], typer.Argument(help="the raw files, their folder or .zip")],
+    paths: Annotated[
+        list[str],
+        typer.Argument(help="raw files, folders, globs or .zip, local or fsspec URLs"),
+    ],
     out: Annotated[str, typer.Option(help="folder of the prepared data set, any fsspec URL")],
     user: Annotated[str | None, typer.Option(help="column of users (csv, parquet)")] = None,
     item: Annotated[str | None, typer.Option(help="column of items (csv, parquet)")] = None,
@@ -88,15 +98,36 @@ def prepare(
     user_ids: Annotated[IdKind | None, typer.Option(help="default: tell by the values")] = None,
     item_ids: Annotated[IdKind | None, typer.Option(help="default: tell by the values")] = None,
     name: Annotated[str | None, typer.Option(help="for reports; default: the layout")] = None,
-    validation_fraction: Annotated[str, typer.Option(help="of the events")] = "0.1",
-    test_fraction: Annotated[str, typer.Option(help="of the events, the last ones")] = "0.1",
+    validation_fraction: Annotated[
+        str | None, typer.Option(help="of all events; default: 0.1, or as before with --append")
+    ] = None,
+    test_fraction: Annotated[
+        str | None, typer.Option(help="of all events, the last ones; default: likewise")
+    ] = None,
     memory_limit: Annotated[str, typer.Option(help="of the sort; the rest spills")] = "2GB",
     temp_dir: Annotated[str | None, typer.Option(help="where it spills")] = None,
+    temp_limit: Annotated[
+        str | None, typer.Option(help="what it may take there, as 200GB; default: 90 % of the free")
+    ] = None,
+    engine: Annotated[
+        Literal["duckdb", "ray"], typer.Option(help="this machine, or Ray Data on a cluster")
+    ] = "duckdb",
+    append: Annotated[
+        bool, typer.Option("--append", help="add later events to the data set at --out")
+    ] = False,
     overwrite: Annotated[bool, typer.Option(help="replace a prepared data set at --out")] = False,
 ) -> None:
-    """Turn raw interactions into a prepared data set."""
+    """Turn raw interactions into a prepared data set, or add later ones to it.
+
+    Run again after it was killed, it goes on after the last finished stage.
+    """
+    from felrec_dist.data.prepare import FRACTION
+    from felrec_dist.data.prepare import append as append_events
     from felrec_dist.data.prepare import prepare as prepare_dataset
     from felrec_dist.data.sources import RawSource
+
+    if append:
+        _check_append(name=name, overwrite=overwrite, engine=engine)
 
     named = {"--user": user, "--item": item, "--timestamp": timestamp}
     if layout in ("csv", "parquet"):
@@ -156,17 +187,33 @@ def prepare(
             else RawSource.from_name(layout, paths[0])
         )
     with _stages() as report:
-        dataset = prepare_dataset(
-            source,
-            out,
-            name=name or source.layout,
-            validation_fraction=validation_fraction,
-            test_fraction=test_fraction,
-            memory_limit=memory_limit,
-            temp_dir=temp_dir,
-            overwrite=overwrite,
-            progress=report,
-        )
+        if append:
+            dataset = append_events(
+                source,
+                out,
+                validation_fraction=validation_fraction,
+                test_fraction=test_fraction,
+                memory_limit=memory_limit,
+                temp_dir=temp_dir,
+                temp_limit=temp_limit,
+                progress=report,
+            )
+        else:
+            dataset = prepare_dataset(
+                source,
+                out,
+                name=name or source.layout,
+                validation_fraction=FRACTION
+                if validation_fraction is None
+                else validation_fraction,
+                test_fraction=test_fraction or FRACTION,
+                memory_limit=memory_limit,
+                temp_dir=temp_dir,
+                temp_limit=temp_limit,
+                overwrite=overwrite,
+                engine=engine,
+                progress=report,
+            )
     split = dataset.split
     typer.echo(
         f"{dataset.url}: {dataset.num_events:,} events, {dataset.num_users:,} users, "
@@ -348,6 +395,17 @@ def _print_report(
     typer.echo(f"{report_url(experiment.run.url, protocol)}.json, .parquet")
 
 
+def _check_append(*, name: str | None, overwrite: bool, engine: str) -> None:
+    given = {"--name": name is not None, "--overwrite": overwrite, "--engine ray": engine == "ray"}
+    if any(given.values()):
+        raise ConfigError(
+            "events are appended to a data set as it is, by DuckDB",
+            where="felrec prepare --append",
+            got=", ".join(option for option, is_given in given.items() if is_given),
+            remedy="leave these options out",
+        )
+
+
 def _column_number(text: str) -> int:
     try:
         return int(text)
@@ -390,6 +448,11 @@ def _stoppable(console: Console) -> Iterator[StopRequest]:
 
 @contextmanager
 def _stages() -> Iterator[_Stages]:
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True)) as bar:
         yield _Stages(bar)

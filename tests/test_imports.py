@@ -16,8 +16,11 @@ from tests import tiny
 
 ROOT = Path(felrec_dist.__path__[0]).parent
 
-NEED_RAY = {"cache_server.ray_transport", "launch.on_ray"}
-NEED_DUCKDB = {"felrec_dist.data.prepare", "felrec_dist.data.sources"}
+NEED_RAY = {"cache_server.ray_transport", "felrec_dist.data.ray_arrange", "launch.on_ray"}
+NEED_DUCKDB = {
+    f"felrec_dist.data.{name}"
+    for name in ("arrange", "prepare", "sources", "stages", "target", "writer")
+}
 
 BLOCK = """
 import sys

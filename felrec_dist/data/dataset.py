@@ -14,6 +14,12 @@ The *total order* is (timestamp, event_id), event_id being the row number in the
 laid one after the other. The history of an event is one slice of a neighbour file, so any batch can
 be read without replaying what precedes it.
 
+Events may be appended (:func:`felrec_dist.data.prepare.append`). The k-th append adds parts, a
+*segment* ``neighbours/items_of_users-0000k.npy`` with all neighbours, the old ones once more, of
+the users it touches (likewise for items), and the catalogues ``catalogue/users-0000k.parquet`` in
+the place of the former ones. Offsets count through the segments laid one after the other, and no
+slice crosses from one into the next: what was written for old events stays as it is.
+
 Users and items have a *key* (any int64: the raw id, or for string ids the index) and an *index*,
 the dense number in order of first appearance. The order makes one comparison out of a question
 asked often: an entity occurs in the training part if and only if its index is below
@@ -62,17 +68,25 @@ EVENT_COLUMNS = (
     "user_index",
     "item_index",
 )
-NEIGHBOUR_FILES = {
-    "user": "neighbours/items_of_users.npy",
-    "item": "neighbours/users_of_items.npy",
-}
 _PART = re.compile(r"events/part-\d{5,}\.parquet")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-CATALOGUE_FILES = {"user": "catalogue/users.parquet", "item": "catalogue/items.parquet"}
 STAGE_TIMEOUT_S = 3600.0
 
 Side = Literal["user", "item"]
 Int64s = NDArray[np.int64]
+_SIDES: tuple[Side, Side] = ("user", "item")
+Int64Map = np.memmap[Any, np.dtype[np.int64]]
+
+
+def neighbour_file(side: Side, append: int = 0) -> str:
+    """The path of a segment of the neighbour index: of the preparation, or of the k-th append."""
+    name = "items_of_users" if side == "user" else "users_of_items"
+    return f"neighbours/{name}{f'-{append:05d}' if append else ''}.npy"
+
+
+def catalogue_file(side: Side, append: int = 0) -> str:
+    """The path of the catalogue that the first preparation wrote, or the k-th append."""
+    return f"catalogue/{side}s{f'-{append:05d}' if append else ''}.parquet"
 
 
 @dataclass(frozen=True)
@@ -164,6 +178,26 @@ class Part(DataFile):
     num_events: int
 
 
+@dataclass(frozen=True)
+class Append:
+    """Events that were appended.
+
+    Attributes:
+        first_position, num_events: of them.
+        user_entries, item_entries: of its segments of the neighbour index.
+        source: the raw files, as of the data set itself.
+    """
+
+    first_position: int
+    num_events: int
+    user_entries: int
+    item_entries: int
+    source: Mapping[str, Any]
+
+    def entries(self, side: Side) -> int:
+        return self.user_entries if side == "user" else self.item_entries
+
+
 class PreparedDataset:
     """A prepared data set, opened for reading; see :meth:`open`.
 
@@ -202,6 +236,7 @@ class PreparedDataset:
             test=Span(*split["test"]),
         )
         self.parts = tuple(Part(**part) for part in manifest["parts"])
+        self.appends = tuple(Append(**append) for append in manifest.get("appends", ()))
         self._files = {file["path"]: DataFile(**file) for file in manifest["files"]}
         self._check_description()
 
@@ -228,7 +263,7 @@ class PreparedDataset:
         fs, root = file_system(text, storage_options)
         if isinstance(fs, LocalFileSystem):
             text = root
-        manifest = _read_manifest(fs, root, text)
+        manifest = read_manifest(fs, root, text)
         try:
             dataset = cls(
                 url=text,
@@ -268,27 +303,23 @@ class PreparedDataset:
         """The items, read once."""
         return self._read_catalogue("item")
 
-    def neighbours(self, side: Side) -> np.memmap[Any, np.dtype[np.int64]]:
-        """The neighbour index of one side, (num_events,) int64, mapped and not read.
+    def neighbours(self, side: Side) -> tuple[Int64Map, ...]:
+        """The neighbour index of one side, int64, mapped and not read: one segment, (num_events,),
+        and one more for each append, (entries,).
 
         ``"user"``: the items of the users; ``"item"``: the users of the items. The history of an
         event is ``index[offset - min(length, N) : offset]``, oldest first, with the offset and
-        length of that side.
+        length of that side, in the segments laid one after the other; it lies within one of them.
         """
-        file = self._files[NEIGHBOUR_FILES[side]]
-        with storage_errors("A prepared data set cannot be read.", f"{self.url}/{file.path}"):
-            path = self._local_path(file)
-        try:
-            index = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise self._damaged(file, got=str(error), expected="a NumPy file") from error
-        if index.dtype != np.dtype("<i8") or index.shape != (self.num_events,):
-            raise self._damaged(
-                file,
-                got=f"{index.dtype} {index.shape}",
-                expected=f"int64 ({self.num_events},)",
-            )
-        return index
+        return tuple(
+            self._map_neighbours(self._files[neighbour_file(side, number)], num_entries)
+            for number, num_entries in enumerate(self.segment_lengths(side))
+        )
+
+    def segment_lengths(self, side: Side) -> tuple[int, ...]:
+        """Entries of each segment of the neighbour index of one side."""
+        first = self.appends[0].first_position if self.appends else self.num_events
+        return (first, *(append.entries(side) for append in self.appends))
 
     @contextmanager
     def open_part(self, part: Part) -> Iterator[pq.ParquetFile]:
@@ -349,12 +380,39 @@ class PreparedDataset:
         stops = [0, *(part.first_position + part.num_events for part in self.parts)]
         if [*(part.first_position for part in self.parts), self.num_events] != stops:
             raise ValueError(f"the parts are not the events 0 to {self.num_events - 1}")
-        paths = {*NEIGHBOUR_FILES.values(), *CATALOGUE_FILES.values()}
+        ends = [append.first_position + append.num_events for append in self.appends]
+        if self.appends and (
+            [append.first_position for append in self.appends[1:]] + [self.num_events] != ends
+            or self.appends[0].first_position < 1
+            or any(append.num_events < 1 for append in self.appends)
+        ):
+            raise ValueError(f"the appends end at {ends}, of {self.num_events} events")
+        paths = {catalogue_file(side, len(self.appends)) for side in _SIDES}
+        paths |= {
+            neighbour_file(side, number)
+            for side in _SIDES
+            for number in range(len(self.appends) + 1)
+        }
         strange = [part.path for part in self.parts if not _PART.fullmatch(part.path)]
         if strange or self._files.keys() != paths:
             raise ValueError(f"the files are {sorted({*strange, *self._files})}")
         if not _DIGEST.fullmatch(self.digest):
             raise ValueError(f"the digest is {self.digest!r}")
+
+    def _map_neighbours(self, file: DataFile, num_entries: int) -> Int64Map:
+        with storage_errors("A prepared data set cannot be read.", f"{self.url}/{file.path}"):
+            path = self._local_path(file)
+        try:
+            index = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise self._damaged(file, got=str(error), expected="a NumPy file") from error
+        if index.dtype != np.dtype("<i8") or index.shape != (num_entries,):
+            raise self._damaged(
+                file,
+                got=f"{index.dtype} {index.shape}",
+                expected=f"int64 ({num_entries},)",
+            )
+        return index
 
     @contextmanager
     def _read_errors(self, file: DataFile, *, expected: str) -> Iterator[None]:
@@ -378,7 +436,7 @@ class PreparedDataset:
         )
 
     def _read_catalogue(self, side: Side) -> Catalogue:
-        file = self._files[CATALOGUE_FILES[side]]
+        file = self._files[catalogue_file(side, len(self.appends))]
         rows = self.num_users if side == "user" else self.num_items
         with self._read_errors(file, expected=f"Parquet with {list(COUNTED_COLUMNS)}"):
             with self._fs.open(f"{self._root}/{file.path}", "rb") as stream:
@@ -390,6 +448,12 @@ class PreparedDataset:
             raise self._damaged(file, got=f"{table.num_rows} rows", expected=f"{rows} rows")
         names = table.column("name").combine_chunks() if "name" in table.column_names else None
         return Catalogue(**columns, names=names)
+
+    def catalogue_path(self, side: Side) -> str:
+        """The path of the Parquet file of a catalogue on this node."""
+        file = self._files[catalogue_file(side, len(self.appends))]
+        with storage_errors("A prepared data set cannot be read.", f"{self.url}/{file.path}"):
+            return self._local_path(file)
 
     def _local_path(self, file: DataFile) -> str:
         """The path of a file on this node; a remote one is copied to the stage folder first.
@@ -468,7 +532,12 @@ def _lock(path: Path, unless: Callable[[], bool]) -> Iterator[None]:
         yield
 
 
-def _read_manifest(fs: fsspec.AbstractFileSystem, root: str, url: str) -> dict[str, Any]:
+def read_manifest(fs: fsspec.AbstractFileSystem, root: str, url: str) -> dict[str, Any]:
+    """``dataset.json`` of the folder ``root``, without its hash of itself.
+
+    Raises:
+        DatasetError: there is none, it is damaged, or of another schema version.
+    """
     path = f"{root.rstrip('/')}/{MANIFEST}"
     try:
         text = fs.cat_file(path)

@@ -9,6 +9,7 @@ Shapes: B events, N history length, M distinct ids.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,15 +63,31 @@ class HistoryReader:
             )
         self.history_length = history_length
         # As plain arrays over the maps: np.memmap would make every result a memmap.
-        self._items_of_users = np.asarray(dataset.neighbours("user"))
-        self._users_of_items = np.asarray(dataset.neighbours("item"))
+        self._items_of_users = [np.asarray(segment) for segment in dataset.neighbours("user")]
+        self._users_of_items = [np.asarray(segment) for segment in dataset.neighbours("item")]
 
     def read(self, batch: EventBatch) -> tuple[Histories, Histories]:
         """The items of each event's user and the users of each event's item, before it."""
         return (
-            self._gather(self._items_of_users, batch.user_offset, batch.user_length),
-            self._gather(self._users_of_items, batch.item_offset, batch.item_length),
+            self._read_side(self._items_of_users, batch.user_offset, batch.user_length),
+            self._read_side(self._users_of_items, batch.item_offset, batch.item_length),
         )
+
+    def _read_side(
+        self, segments: Sequence[Int64s], offset_B: Int64s, length_B: Int64s
+    ) -> Histories:
+        if len(segments) == 1:
+            return self._gather(segments[0], offset_B, length_B)
+        ids_BN = np.zeros((len(offset_B), self.history_length), np.int64)
+        lengths_B = np.zeros_like(length_B)
+        first = 0
+        for segment in segments:
+            is_here_B = (first <= offset_B) & (offset_B < first + len(segment))
+            if is_here_B.any():
+                found = self._gather(segment, offset_B[is_here_B] - first, length_B[is_here_B])
+                ids_BN[is_here_B], lengths_B[is_here_B] = found.ids_BN, found.lengths_B
+            first += len(segment)
+        return Histories(ids_BN=ids_BN, lengths_B=lengths_B)
 
     def _gather(self, neighbours: Int64s, offset_B: Int64s, length_B: Int64s) -> Histories:
         lengths_B = np.minimum(length_B, self.history_length)

@@ -3,29 +3,37 @@
 A source becomes the DuckDB table ``raw(user, item, timestamp)`` whose row number is the event id:
 files in the order of :meth:`RawSource.resolve`, rows in file order. Every row is an event; ratings
 are not looked at. Nothing is guessed from a sample: ids count as integers only if all of them are.
+
+A file on another storage is copied to the folder of temporary files before it is read: a text file
+is read twice, and once more to say which line is wrong.
 """
 
 from __future__ import annotations
 
 import csv
+import dataclasses
 import difflib
 import glob
 import gzip
+import hashlib
 import io
 import os
 import re
+import shutil
 import zipfile
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Literal
 
 import duckdb
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from felrec_dist.errors import ConfigError, RawDataError
+from felrec_dist.errors import ConfigError, RawDataError, storage_errors
 
 IdKind = Literal["int", "string"]
 TimestampUnit = Literal["s", "ms", "us", "iso"]
@@ -49,7 +57,7 @@ class RawSource:
 
     Attributes:
         layout: name of the layout, for messages and for ``dataset.json``.
-        paths: files, globs or folders; a ``.zip`` is read without unpacking it.
+        paths: files, globs or folders, local or any URL that fsspec knows; a ``.zip`` may hold one.
         format: ``"csv"`` (any delimited text, ``.gz`` too) or ``"parquet"``.
         user, item, timestamp: column names; without a header, column numbers from 0.
         timestamp_unit: ``"s"``, ``"ms"``, ``"us"`` or ``"iso"`` (without a zone: UTC). Parquet
@@ -63,6 +71,7 @@ class RawSource:
         user_ids, item_ids: ``"int"``, ``"string"``, or None: the type of a Parquet column, and for
             text int if every id is a plain integer.
         members: names under which a folder or a .zip holds the file.
+        storage_options: what fsspec needs for the paths that are URLs.
     """
 
     layout: str
@@ -80,6 +89,8 @@ class RawSource:
     user_ids: IdKind | None = None
     item_ids: IdKind | None = None
     members: tuple[str, ...] = ()
+    # May hold a secret: never printed.
+    storage_options: Mapping[str, Any] | None = dataclasses.field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         by_name = self.has_header or self.format == "parquet"
@@ -218,12 +229,24 @@ class RawSource:
         Raises:
             RawDataError: a file is missing.
         """
-        files = [file for path in self.paths for file in self._resolve(path)]
+        files = [
+            file
+            for path in self.paths
+            for file in (self._resolve_url(path) if _is_url(path) else self._resolve(path))
+        ]
         if not files:
             raise RawDataError("No raw file is given.", expected="at least one path")
         return files
 
-    def describe(self, files: Sequence[RawFile]) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
+        """What decides on how the files are read, for JSON."""
+        return {
+            name: getattr(self, name)
+            for name in self.__dataclass_fields__
+            if name not in ("paths", "storage_options")
+        }
+
+    def describe(self, files: Sequence[RawFile], temp_dir: str) -> dict[str, Any]:
         """What ``dataset.json`` keeps of the source; without folders: the same anywhere."""
         return {
             "layout": self.layout,
@@ -234,8 +257,12 @@ class RawSource:
             "timestamp_unit": self.timestamp_unit,
             "timestamp_step": self.timestamp_step,
             "files": [
-                {"name": Path(file.path).name, "bytes": os.path.getsize(file.path)}
-                for file in files
+                {
+                    "name": Path(file.path).name,
+                    "bytes": file.bytes,
+                    "sha256": file.sha256(temp_dir, number),
+                }
+                for number, file in enumerate(files)
             ],
         }
 
@@ -245,7 +272,7 @@ class RawSource:
         if os.path.isfile(path):
             return [RawFile(path)]
         if os.path.isdir(path):
-            endings = (".parquet",) if self.format == "parquet" else (".csv", ".csv.gz", ".tsv")
+            endings = self._endings
             found = [
                 str(entry)
                 for entry in sorted(Path(path).rglob("*"))
@@ -268,8 +295,48 @@ class RawSource:
             )
         return [RawFile(name) for name in found]
 
+    @property
+    def _endings(self) -> tuple[str, ...]:
+        return (".parquet",) if self.format == "parquet" else (".csv", ".csv.gz", ".tsv")
+
+    def _resolve_url(self, url: str) -> list[RawFile]:
+        options = dict(self.storage_options or {})
+        with storage_errors("A raw file cannot be reached.", url):
+            fs, path = fsspec.core.url_to_fs(url, **options)
+            fs.invalidate_cache()
+            if any(character in path for character in "*?["):
+                found = sorted(name for name in fs.glob(path) if fs.isfile(name))
+            elif fs.isfile(path):
+                found = [path]
+            else:
+                found = [
+                    name
+                    for name in sorted(fs.find(path))
+                    if (
+                        name.rsplit("/", 1)[-1] in self.members
+                        if self.members
+                        else name.endswith(self._endings)
+                    )
+                ]
+                if self.members:
+                    found = found[:1]
+            urls = [fs.unstrip_protocol(name) for name in found]
+        if not urls:
+            raise RawDataError(
+                "A raw file is missing.",
+                where=url,
+                got="no such file",
+                expected="a file, a folder or a glob that matches files",
+                remedy="check the URL and the rights",
+            )
+        files = [RawFile(name, storage_options=options) for name in urls]
+        return [
+            replace(file, member=self._member(file.path)) if file.path.endswith(".zip") else file
+            for file in files
+        ]
+
     def _member(self, path: str) -> str:
-        with _zip(path) as archive:
+        with _zip(path, self.storage_options) as archive:
             names = [name for name in archive.namelist() if not name.endswith("/")]
         fitting = [name for name in names if not self.members or Path(name).name in self.members]
         if len(fitting) != 1:
@@ -353,36 +420,90 @@ LAYOUTS: dict[str, RawSource] = {
 }
 
 
+def _is_url(path: str) -> bool:
+    return "://" in path
+
+
 @dataclass(frozen=True)
 class RawFile:
-    """One raw file, or one member of a .zip."""
+    """One raw file, or one member of a .zip; ``path`` is local or a URL."""
 
     path: str
     member: str | None = None
+    storage_options: Mapping[str, Any] | None = dataclasses.field(
+        default=None, repr=False, compare=False
+    )
 
     def __str__(self) -> str:
         return f"{self.path}/{self.member}" if self.member else self.path
 
-    def unpacked(self, folder: str) -> str:
-        """The path to read from: the file itself, or the member copied into ``folder``."""
-        if self.member is None:
+    @property
+    def bytes(self) -> int:
+        """The size of the file, or of the .zip."""
+        with storage_errors("A raw file cannot be reached.", self.path):
+            fs, path = self._storage()
+            return int(fs.info(path)["size"])
+
+    @property
+    def version(self) -> str:
+        """Changes when the file does: of its size and time, or of its ETag."""
+        with storage_errors("A raw file cannot be reached.", self.path):
+            fs, path = self._storage()
+            return str(fs.ukey(path))
+
+    def sha256(self, folder: str, number: int) -> str:
+        """Of the file, or of the .zip; of the copy in ``folder`` if one is needed anyway."""
+        with storage_errors("A raw file cannot be read.", self.path):
+            if self.member is None:
+                stream: Any = open(self.local(folder, number), "rb")
+            else:
+                fs, path = self._storage()
+                stream = fs.open(path, "rb")
+            with stream:
+                return hashlib.file_digest(stream, "sha256").hexdigest()
+
+    def local(self, folder: str, number: int) -> str:
+        """The path to read from: the file itself, or what had to be copied into ``folder``.
+
+        The number keeps files of the same name apart.
+        """
+        if self.member is None and not _is_url(self.path):
             return self.path
-        target = os.path.join(folder, os.path.basename(self.member))
-        try:
-            with _zip(self.path) as archive, archive.open(self.member) as packed:
-                with open(target, "wb") as plain:
-                    while chunk := packed.read(1 << 20):
-                        plain.write(chunk)
-        except (zipfile.BadZipFile, EOFError) as error:
-            raise _unreadable(str(self), "a whole .zip", error) from error
+        name = self.member or self.path
+        target = os.path.join(folder, f"raw-{number:05d}-{os.path.basename(name)}")
+        partial = f"{target}.partial"
+        if os.path.exists(target):
+            return target
+        if self.member is None:
+            with storage_errors("A raw file cannot be copied.", self.path):
+                fs, path = self._storage()
+                fs.get_file(path, partial)
+                arrived, size = os.path.getsize(partial), self.bytes
+                if arrived != size:
+                    raise OSError(f"{arrived} of {size} bytes arrived")
+        else:
+            try:
+                with (
+                    _zip(self.path, self.storage_options) as archive,
+                    archive.open(self.member) as packed,
+                    open(partial, "wb") as plain,
+                ):
+                    shutil.copyfileobj(packed, plain, 1 << 20)
+            except (zipfile.BadZipFile, EOFError) as error:
+                raise _unreadable(str(self), "a whole .zip", error) from error
+        os.replace(partial, target)
         return target
+
+    def _storage(self) -> tuple[Any, str]:
+        fs, path = fsspec.core.url_to_fs(self.path, **(self.storage_options or {}))
+        return fs, path
 
 
 @dataclass(frozen=True)
 class RawTable:
-    """What :func:`load` put into the table ``raw``."""
+    """What :func:`load` put into the table ``raw``; ``first_rows`` has one row number a file."""
 
-    files: tuple[RawFile, ...]
+    first_rows: tuple[int, ...]
     num_events: int
     user_ids: IdKind
     item_ids: IdKind
@@ -391,23 +512,27 @@ class RawTable:
 def load(
     connection: duckdb.DuckDBPyConnection,
     source: RawSource,
+    files: Sequence[RawFile],
     temp_dir: str,
     progress: Progress,
 ) -> RawTable:
-    """Read all files into ``raw(user, item, timestamp)``, row number = event id, no value missing.
+    """Read files into ``raw(user, item, timestamp)``, row number = event id, no value missing.
 
     Users and items are BIGINT or VARCHAR, timestamps BIGINT microseconds.
 
     Raises:
         RawDataError: naming the file, the row and the value that cannot be used.
     """
-    files = source.resolve()
-    readers = [_reader(connection, source, file, temp_dir) for file in files]
+    readers = []
+    for number, file in enumerate(files):
+        progress("open", number, len(files))
+        readers.append(_reader(connection, source, file, number, temp_dir))
+    progress("open", len(files), len(files))
     user_ids = source.user_ids or _infer(connection, readers, "user")
     item_ids = source.item_ids or _infer(connection, readers, "item")
     sql_types = {"int": "BIGINT", "string": "VARCHAR"}
     connection.execute(
-        f"CREATE TABLE raw (user {sql_types[user_ids]}, item {sql_types[item_ids]}, "
+        f"CREATE OR REPLACE TABLE raw (user {sql_types[user_ids]}, item {sql_types[item_ids]}, "
         "timestamp BIGINT)"
     )
     first_rows = [0]
@@ -428,8 +553,12 @@ def load(
         if bad_row is not None:
             _raise_bad_row(connection, source, readers, first_rows, bad_row, user_ids, item_ids)
     progress("read", len(readers), len(readers))
-    num_events = first_rows[-1]
-    if num_events == 0:
+    return RawTable(tuple(first_rows[:-1]), first_rows[-1], user_ids, item_ids)
+
+
+def check_rows(raw: RawTable, files: Sequence[RawFile]) -> None:
+    """Raises RawDataError if there are none."""
+    if raw.num_events == 0:
         raise RawDataError(
             "The raw files hold no rows.",
             where=", ".join(str(file) for file in files[:3]),
@@ -437,7 +566,33 @@ def load(
             expected="at least one event for each part of the split",
             remedy="check the file",
         )
-    return RawTable(tuple(files), num_events, user_ids, item_ids)
+
+
+def infer_ids(
+    connection: duckdb.DuckDBPyConnection, source: RawSource, file: RawFile, temp_dir: str
+) -> tuple[IdKind, IdKind]:
+    """The kinds of the users and the items of one file, where the source does not give them."""
+    reader = _reader(connection, source, file, 0, temp_dir)
+    return (
+        source.user_ids or _infer(connection, [reader], "user"),
+        source.item_ids or _infer(connection, [reader], "item"),
+    )
+
+
+def name_row(
+    connection: duckdb.DuckDBPyConnection,
+    source: RawSource,
+    files: Sequence[RawFile],
+    raw: RawTable,
+    row: int,
+    field: str,
+    temp_dir: str,
+) -> tuple[str, str]:
+    """Where a row of ``raw`` stands (file, line, column), and a value of it as it stands there."""
+    number = bisect_right(raw.first_rows, row) - 1
+    reader = _reader(connection, source, files[number], number, temp_dir)
+    line, text = _raw_value(connection, reader, row - raw.first_rows[number], field)
+    return f"{reader.file}, row {line}, column {getattr(source, field)!r}", repr(text)
 
 
 @dataclass(frozen=True)
@@ -455,7 +610,7 @@ class _Reader:
     def run(self, connection: duckdb.DuckDBPyConnection, query: str) -> list[tuple[Any, ...]]:
         try:
             rows: list[tuple[Any, ...]] = connection.execute(query).fetchall()
-        except duckdb.OutOfMemoryException:
+        except (duckdb.OutOfMemoryException, duckdb.InterruptException):
             raise
         except duckdb.Error as error:
             if _NO_ROOM.search(str(error)):
@@ -512,9 +667,13 @@ class _Reader:
 
 
 def _reader(
-    connection: duckdb.DuckDBPyConnection, source: RawSource, file: RawFile, temp_dir: str
+    connection: duckdb.DuckDBPyConnection,
+    source: RawSource,
+    file: RawFile,
+    number: int,
+    temp_dir: str,
 ) -> _Reader:
-    path = file.unpacked(temp_dir)
+    path = file.local(temp_dir, number)
     # Names with *, ? or [ are meant literally here: globs were expanded before.
     literal = _quoted(re.sub(r"([*?\[])", r"[\1]", path))
     if source.format == "parquet":
@@ -779,11 +938,21 @@ def _not_utf8(where: str, text: str) -> RawDataError | None:
     )
 
 
-def _zip(path: str) -> zipfile.ZipFile:
+@contextmanager
+def _zip(path: str, storage_options: Mapping[str, Any] | None = None) -> Iterator[zipfile.ZipFile]:
     try:
-        return zipfile.ZipFile(path)
-    except (OSError, zipfile.BadZipFile) as error:
+        # Through fsspec: the list of members is read without copying the file.
+        opened = fsspec.open(path, "rb", **(storage_options or {})) if _is_url(path) else None
+        stream: Any = open(path, "rb") if opened is None else opened.open()
+    except OSError as error:
         raise _unreadable(path, "a .zip", error) from error
+    with stream:
+        try:
+            archive = zipfile.ZipFile(stream)
+        except (OSError, zipfile.BadZipFile) as error:
+            raise _unreadable(path, "a .zip", error) from error
+        with archive:
+            yield archive
 
 
 def _unreadable(where: str, expected: str, error: Exception) -> RawDataError:

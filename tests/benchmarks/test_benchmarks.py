@@ -72,6 +72,15 @@ def test_the_step_gives_figures_and_equal_losses() -> None:
         assert measured["value"] > 0
 
 
+@pytest.mark.slow
+def test_preparation_gives_figures() -> None:
+    """No ratios: there is nothing to hold it against."""
+    reports = registry.run("prepare", quick=True, device=CPU)
+    check(reports)
+    cases = {figure.case for figure in reports[0].figures}
+    assert cases == {"prepare", "stream", "stream and histories", "data set"}
+
+
 def test_workers_are_left_out_of_quick_mode() -> None:
     assert registry.run("workers", quick=True, device=CPU) == []
 

@@ -101,7 +101,7 @@ def test_files_damaged_inside(folder: Path, name: str) -> None:
     (folder / name).write_bytes(bytes((folder / name).stat().st_size))
     dataset = PreparedDataset.open(folder)
     with pytest.raises(DatasetError, match=f"missing or damaged(.|\n)*{name}"):
-        _ = dataset.users if "catalogue" in name else dataset.neighbours("user")
+        _ = dataset.users if "catalogue" in name else dataset.neighbours("user")[0]
 
 
 def test_verify_sees_a_changed_byte(folder: Path) -> None:
@@ -175,11 +175,11 @@ def test_neighbours_of_another_shape(folder: Path) -> None:
 
     change_manifest(change)(folder)
     with pytest.raises(DatasetError, match=r"got: int64 \(99,\)\n  expected: int64 \(100,\)"):
-        PreparedDataset.open(folder).neighbours("user")
+        PreparedDataset.open(folder).neighbours("user")[0]
 
 
 def test_local_files_are_mapped_where_they_lie(folder: Path) -> None:
-    index = PreparedDataset.open(folder).neighbours("item")
+    index = PreparedDataset.open(folder).neighbours("item")[0]
     assert isinstance(index, np.memmap)
     assert Path(str(index.filename)) == folder / "neighbours/users_of_items.npy"
 
@@ -234,7 +234,7 @@ def test_remote_neighbours_are_copied_once_per_node(
 
     def rank() -> None:
         dataset = PreparedDataset.open(remote, stage_dir=tmp_path / "stage")
-        results.append(dataset.neighbours("user"))
+        results.append(dataset.neighbours("user")[0])
 
     ranks = [threading.Thread(target=rank) for _ in range(8)]
     for thread in ranks:
@@ -251,11 +251,11 @@ def test_remote_neighbours_are_copied_once_per_node(
 def test_another_data_set_at_the_same_url_is_staged_anew(
     tmp_path: Path, remote: str, downloads: list[str]
 ) -> None:
-    old = PreparedDataset.open(remote, stage_dir=tmp_path / "stage").neighbours("user")
+    old = PreparedDataset.open(remote, stage_dir=tmp_path / "stage").neighbours("user")[0]
     rows = [(user, 4, time) for user, _, time in some_rows()]  # of the same size
     source = write_parquet(rows, tmp_path / "raw.parquet")
     prepare(source, remote, name="rows", overwrite=True)
-    new = PreparedDataset.open(remote, stage_dir=tmp_path / "stage").neighbours("user")
+    new = PreparedDataset.open(remote, stage_dir=tmp_path / "stage").neighbours("user")[0]
     assert len(downloads) == 2
     assert (new == 4).all()
     assert not (old == 4).all()
@@ -271,9 +271,9 @@ def test_a_broken_copy_is_not_taken_for_whole(
         )
         dataset = PreparedDataset.open(remote, stage_dir=tmp_path / "stage")
         with pytest.raises(DatasetError, match="got: 4 bytes"):
-            dataset.neighbours("user")
+            dataset.neighbours("user")[0]
     assert not list((tmp_path / "stage").rglob("*.partial"))
-    assert dataset.neighbours("user").shape == (100,)
+    assert dataset.neighbours("user")[0].shape == (100,)
 
 
 def test_waiting_for_another_process_has_a_limit(
@@ -287,8 +287,8 @@ def test_waiting_for_another_process_has_a_limit(
         felrec_dist.data.dataset._lock(Path(f"{target}.lock"), unless=lambda: False),
         pytest.raises(DatasetError, match=r"did not finish copying(.|\n)*items_of_users.npy.lock"),
     ):
-        dataset.neighbours("user")
-    assert dataset.neighbours("user").shape == (100,)
+        dataset.neighbours("user")[0]
+    assert dataset.neighbours("user")[0].shape == (100,)
 
 
 def test_the_default_stage_folder_is_in_the_users_cache(
@@ -296,5 +296,5 @@ def test_the_default_stage_folder_is_in_the_users_cache(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     dataset = PreparedDataset.open(remote)
-    staged = Path(str(dataset.neighbours("item").filename))
+    staged = Path(str(dataset.neighbours("item")[0].filename))
     assert staged.is_relative_to(tmp_path / "cache/felrec-dist" / dataset.digest)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import tempfile
 from collections.abc import Hashable, Iterator
@@ -16,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from felrec_dist.data.dataset import Catalogue, PreparedDataset, Span
+from felrec_dist.data.dataset import Catalogue, PreparedDataset, Side, Span
 from felrec_dist.data.histories import Histories, HistoryReader
 from felrec_dist.data.prepare import prepare
 from felrec_dist.data.sources import RawSource
@@ -91,8 +92,10 @@ def assert_equals_oracle(dataset: PreparedDataset, rows: list[Row], history_leng
     user_key = dict(zip(users, user_keys, strict=True))
     items_of_users = [item_key[item] for user in users for item in truth.items_of[user]]
     users_of_items = [user_key[user] for item in items for user in truth.users_of[item]]
-    assert dataset.neighbours("user").tolist() == items_of_users
-    assert dataset.neighbours("item").tolist() == users_of_items
+    sides: list[tuple[Side, list[int]]] = [("user", items_of_users), ("item", users_of_items)]
+    for side, expected in sides:
+        [segment] = dataset.neighbours(side)
+        assert segment.tolist() == expected
 
     split = dataset.split
     for catalogue, column, ids, num_train in (
@@ -188,6 +191,7 @@ def test_too_few_events_for_the_split(tmp_path: Path, num_events: int, fraction:
         ({"validation_fraction": float("nan")}, "fraction of the split is impossible"),
         ({"validation_fraction": 0.5, "test_fraction": 0.5}, "leaves nothing to train on"),
         ({"memory_limit": "lots"}, "memory limit cannot be read"),
+        ({"temp_limit": "some"}, "limit of temporary files cannot be read"),
         ({"part_events": 0}, "A file needs events.\n  where: part_events"),
         ({"row_group_events": 0}, "A file needs events.\n  where: row_group_events"),
     ],
@@ -267,14 +271,14 @@ def test_more_data_than_memory(tmp_path: Path) -> None:
             batch.user_index,
             batch.user_length,
             batch.user_offset,
-            dataset.neighbours("user"),
+            dataset.neighbours("user")[0],
             batch.item,
         ),
         (
             batch.item_index,
             batch.item_length,
             batch.item_offset,
-            dataset.neighbours("item"),
+            dataset.neighbours("item")[0],
             batch.user,
         ),
     ):
@@ -298,10 +302,9 @@ class _Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize("stage", ["read", "sort", "write"])
-def test_nothing_is_left_when_it_stops_half_way(tmp_path: Path, stage: str) -> None:
+def test_nothing_is_left_when_it_stops_before_a_stage_is_finished(tmp_path: Path) -> None:
     def stop(at: str, _done: int, _total: int) -> None:
-        if at == stage:
+        if at == "read":
             raise _Stop
 
     source = write_parquet(some_rows(), tmp_path / "raw.parquet")
@@ -390,8 +393,13 @@ def test_dataset_json_names_no_folder_and_no_secret(tmp_path: Path) -> None:
     text = (tmp_path / "out/dataset.json").read_text()
     assert str(tmp_path) not in text
     assert "auto_mkdir" not in text
+    content = (tmp_path / "raw.parquet").read_bytes()
     assert dataset.source["files"] == [
-        {"name": "raw.parquet", "bytes": (tmp_path / "raw.parquet").stat().st_size}
+        {
+            "name": "raw.parquet",
+            "bytes": len(content),
+            "sha256": hashlib.sha256(content).hexdigest(),
+        }
     ]
     assert (dataset.name, dataset.timestamp_unit) == ("rows", "us")
 

@@ -217,6 +217,16 @@ def test_prepare_takes_columns_by_name(
         ),
         (("parquet", "NOWHERE", *COLUMNS, "--timestamp-unit", "s"), "RawDataError", ["nowhere"]),
         (("bookcrossing", "RAW"), "ConfigError", ["bookcrossing"]),
+        (
+            ("parquet", "RAW", *COLUMNS, "--timestamp-unit", "s", "--append"),
+            "DatasetError",
+            ["no prepared data set"],
+        ),
+        (
+            ("ml-100k", "RAW", "--append", "--overwrite", "--engine", "ray"),
+            "ConfigError",
+            ["--overwrite, --engine ray", "leave these options out"],
+        ),
     ],
 )
 def test_prepare_refuses_in_words(
@@ -226,6 +236,25 @@ def test_prepare_refuses_in_words(
     ended = felrec("prepare", *(names.get(arg, arg) for arg in args), "--out", tmp_path / "data")
     assert_failed(ended, error, *words)
     assert list(tmp_path.iterdir()) == [], "nothing half-written is left"
+
+
+def test_append_gives_what_a_preparation_of_all_gives(
+    felrec: Felrec, raw: Path, tmp_path: Path
+) -> None:
+    table = pq.read_table(raw).sort_by("timestamp")
+    pq.write_table(table, tmp_path / "all.parquet")
+    pq.write_table(table.slice(0, 200), tmp_path / "first.parquet")
+    pq.write_table(table.slice(200), tmp_path / "later.parquet")
+    options = (*COLUMNS, "--timestamp-unit", "s")
+    whole, out = tmp_path / "whole", tmp_path / "data"
+    felrec("prepare", "parquet", tmp_path / "all.parquet", "--out", whole, *options)
+    felrec("prepare", "parquet", tmp_path / "first.parquet", "--out", out, *options)
+    more = ("prepare", "parquet", tmp_path / "later.parquet", "--out", out, *options, "--append")
+    ended = felrec(*more)
+    assert ended.code == 0, ended.err
+    assert ended.out.startswith(f"{out}: 300 events")
+    assert PreparedDataset.open(str(out)).digest == PreparedDataset.open(str(whole)).digest
+    assert_failed(felrec(*more), "RawDataError", "in the data set already", "later.parquet")
 
 
 def test_prepare_does_not_replace_unless_told(felrec: Felrec, raw: Path, tmp_path: Path) -> None:
