@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -22,4 +23,11 @@ def build_baseline(
     """
     from felrec_dist.baselines.bpr_mf import BPRMFTraining
 
-    return {"bpr-mf": BPRMFTraining}[config.model.variant](config, dataset, client, world)
+    from felrec_dist.baselines.jodie_training import JODIETraining
+
+    baselines: dict[str, Callable[..., Recommender[Any]]] = {
+        "bpr-mf": BPRMFTraining,
+        "jodie": JODIETraining,
+        "jodie-released": JODIETraining,
+    }
+    return baselines[config.model.variant](config, dataset, client, world)
