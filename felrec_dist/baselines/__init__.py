@@ -22,7 +22,6 @@ def build_baseline(
         ConfigError: TorchRec is not installed.
     """
     from felrec_dist.baselines.bpr_mf import BPRMFTraining
-
     from felrec_dist.baselines.jodie_training import JODIETraining
 
     baselines: dict[str, Callable[..., Recommender[Any]]] = {

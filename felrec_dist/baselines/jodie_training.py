@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -100,9 +100,7 @@ class JODIETraining(BaselineTraining[LoadedBatch]):
     ) -> None:
         assert isinstance(config.model, JODIEConfig)
         torch.manual_seed(config.training.seed)
-        self.jodie = JODIE(
-            config.model.width, is_released=config.model.variant == "jodie-released"
-        )
+        self.jodie = JODIE(config.model.width, is_released=config.model.variant == "jodie-released")
         super().__init__(
             config,
             dataset,
@@ -112,6 +110,14 @@ class JODIETraining(BaselineTraining[LoadedBatch]):
             num_rows={USER: dataset.num_train_users, ITEM: dataset.num_train_items},
             width=config.model.width,
         )
+        assert self.optimizer is not None
+        # Adam scales the decay of a row without a gradient up to whole steps: within an epoch all
+        # rows but those of the last events would be zero.
+        rows = list(self.tables.optimized.values())
+        (group,) = self.optimizer.param_groups
+        group["params"] = list(self.model.parameters())
+        if rows:
+            self.optimizer.add_param_group({"params": rows, "weight_decay": 0.0})
         self.train_span = whole_batches(dataset.split.train, config.data.batch_size)
         self.steps_per_epoch = len(self.train_span) // config.data.batch_size
         self.entities = EventEntities(dataset)
