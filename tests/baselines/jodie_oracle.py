@@ -88,8 +88,8 @@ class SlowJODIE:
 
     def run(
         self, span: Span, batch_size: int, *, scores: bool
-    ) -> tuple[list[list[float]], list[float]]:
-        """Returns the losses of each batch and, if asked, the rank of each event's target."""
+    ) -> tuple[list[list[float]], list[tuple[float, float]]]:
+        """Returns the losses of each batch and, if asked, the rank (lowest, highest) of each event's target."""
         losses, ranks = [], []
         items = self.dataset.items
         index_of = {key: index for index, key in enumerate(items.ids.tolist())}
@@ -147,7 +147,10 @@ class SlowJODIE:
                 if scores:
                     ranks.append(self.rank(prediction, item, candidates))
             means = torch.stack(terms).mean(dim=0)
-            self.optimizer.zero_grad()
+            for group in self.optimizer.param_groups:
+                for parameter in group["params"]:
+                    # Zero, not none: Adam's momentum goes on.
+                    parameter.grad = torch.zeros_like(parameter)
             means.sum().backward()
             self.optimizer.step()
             for user, user_kept, item, item_kept in written:
@@ -167,14 +170,22 @@ class SlowJODIE:
     def candidates(self, num_seen: int) -> list[Tensor]:
         return [self.candidate(item) for item in range(num_seen)]
 
-    def rank(self, prediction: Tensor, target: int, candidates: Sequence[Tensor]) -> float:
-        """From 0 to 1; a tie counts half."""
+    def rank(
+        self, prediction: Tensor, target: int, candidates: Sequence[Tensor]
+    ) -> tuple[float, float]:
+        """The lowest and the highest that it may be, from 0 to 1: a tie counts half, and what is
+        as close to one as float32 rounds counts as anything.
+        """
         prediction = prediction.detach()
         own = float(prediction @ self.candidate(target))
-        before = 0.0
+        lowest = highest = 0.0
         for item, vector in enumerate(candidates):
             if item != target:
                 difference = float(prediction @ vector) - own
-                before += 0.5 if abs(difference) < 1e-6 else float(difference > 0)
+                if abs(difference) < 3e-7:
+                    lowest, highest = lowest + 0.5, highest + 0.5
+                else:
+                    lowest += float(difference > 1e-5)
+                    highest += float(difference > -1e-5)
         others = len(candidates) - (target < len(candidates))
-        return before / max(1, others)
+        return lowest / max(1, others), highest / max(1, others)

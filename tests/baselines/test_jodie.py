@@ -130,7 +130,10 @@ def test_equals_a_loop_over_single_events(variant: str, dataset: PreparedDataset
     np.testing.assert_allclose(found.losses_n3, losses, rtol=1e-4, atol=1e-6)
     assert set(ranks) == set(found.ranks)
     for name, values in ranks.items():
-        np.testing.assert_allclose(found.ranks[name], values, atol=1e-9, err_msg=name)
+        lowest, highest = np.array(values).T
+        assert (found.ranks[name] >= lowest - 1e-9).all(), name
+        assert (found.ranks[name] <= highest + 1e-9).all(), name
+        assert (lowest == highest).mean() > 0.9, "nearly all are known to the place"
 
 
 @pytest.fixture(scope="module")
@@ -211,8 +214,7 @@ def test_validation_leaves_no_trace(dataset: PreparedDataset, tables: dict[str, 
                 assert training._validated is not None
                 after = tensors_of(training._validated)
                 for name, tensor in tensors_of(before).items():
-                    is_bias_free = tensor.numel() > 1
-                    assert not is_bias_free or not torch.equal(after[name], tensor), name
+                    assert not torch.equal(after[name], tensor), name
             trainer.train_epoch(1, no_log(config))
             return training._copy_weights(0)
 
@@ -316,16 +318,16 @@ def test_the_prediction_trains_both_rnns_unless_as_released(variant: str) -> Non
 def test_new_rows_hold_what_they_were_made_of(variant: str) -> None:
     """Computing the last update again gives the state that is kept; released keeps no more."""
     is_released = variant == "jodie-released"
-    width = config_width = D + 1 if is_released else 3 * D + 5
+    width = D + 1 if is_released else 3 * D + 5
     torch.manual_seed(0)
     model = JODIE(D, is_released=is_released)
     inputs = random_inputs(5, width)
     output = model(inputs)
-    assert output.user_bR.shape == output.item_bR.shape == (5, config_width)
+    assert output.user_bR.shape == output.item_bR.shape == (5, width)
     for rows_bR, rnn in ((output.user_bR, model.user_rnn), (output.item_bR, model.item_rnn)):
         kept = KeptRows.of(rows_bR, D)
         again_bD = model._traced(kept, rnn, model.initial_user_D)
-        torch.testing.assert_close(again_bD, kept.state_bD, rtol=0, atol=0)
+        torch.testing.assert_close(again_bD, kept.state_bD)
         if is_released:
             continue
         torch.testing.assert_close(kept.state_bD.norm(dim=1), torch.ones(5))
@@ -362,7 +364,7 @@ def test_learns_a_tiny_set(tmp_path: Path) -> None:
         training={"optimizer": "adam", "schedule": schedule, "grad_clip_value": None},
     )
     with tiny.build_trainer(config, dataset) as trainer:
-        losses = [trainer.train_epoch(epoch, no_log(config)).losses_nk for epoch in range(15)]
+        losses = [trainer.train_epoch(epoch, no_log(config)).losses_nk for epoch in range(8)]
         result, _ = trainer.evaluate(
             dataset.split.validation, trainer.steps_per_epoch, "validation"
         )
