@@ -1,4 +1,4 @@
-"""One thread: on a busy machine, threads that wait for one another cost more than tiny sums take."""
+"""One thread: on a busy machine threads that wait for one another cost more than tiny sums."""
 
 from __future__ import annotations
 

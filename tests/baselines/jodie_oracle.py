@@ -89,7 +89,7 @@ class SlowJODIE:
     def run(
         self, span: Span, batch_size: int, *, scores: bool
     ) -> tuple[list[list[float]], list[tuple[float, float]]]:
-        """Returns the losses of each batch and, if asked, the rank (lowest, highest) of each event's target."""
+        """Returns the losses of each batch and, if asked, each rank (lowest, highest)."""
         losses, ranks = [], []
         items = self.dataset.items
         index_of = {key: index for index, key in enumerate(items.ids.tolist())}

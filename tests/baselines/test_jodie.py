@@ -164,7 +164,7 @@ def test_ranks_and_shards_change_nothing(
         shards = create_shard_actors(config.cache_tables(), 3, block_rows=16)
         jobs.append((config, shards))
     try:
-        by_rank = run_on_ray_ranks(num_workers, tmp_path, 120.0, _work, jobs, dataset)
+        by_rank = run_on_ray_ranks(num_workers, tmp_path, 240.0, _work, jobs, dataset)
     finally:
         for _, shards in jobs:
             destroy_shard_actors(shards)
