@@ -141,6 +141,8 @@ class ExperimentConfig(Section):
             )
         if self.evaluation.protocol != "causal":
             raise ValueError(f"evaluation.protocol must be causal: {variant} has no other")
+        if variant == "jodie" and self.cache.storage not in ("float32", "float64"):
+            raise ValueError("cache.storage must be float32: jodie keeps times in its rows")
         if self.training.dtype != "float32" or self.training.autocast != "off":
             raise ValueError(
                 "training.dtype must be float32 and training.autocast off: "

@@ -102,5 +102,8 @@ class JODIEConfig(Section):
     width: int = Field(128, ge=4, multiple_of=4, description="D; tables want a multiple of 4")
 
     def cache_widths(self) -> dict[str, int]:
-        """The dynamic vectors, and the time of the last event in two numbers."""
-        return dict.fromkeys(("user", "item"), self.width + 2)
+        """The dynamic vectors and whether there are any; for ``jodie`` also what each was made of:
+        state before, partner's state, elapsed time, and the time of the last event in three.
+        """
+        row_width = self.width + 1 if self.variant == "jodie-released" else 3 * self.width + 5
+        return dict.fromkeys(("user", "item"), row_width)

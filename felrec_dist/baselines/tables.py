@@ -156,7 +156,7 @@ class ShardedTables:
             url: the folder.
             states: of the optimizer, as ``<table>:<name>``.
         """
-        states = {**states, **self._fused_states()}
+        states = {**states, **self.fused_states}
         part = write_table_part(
             url, self.world.rank, {**self.parameters, **states}, self.first_rows
         )
@@ -175,7 +175,7 @@ class ShardedTables:
             KeyError, ValueError: the tables are others.
         """
         states: dict[str, Tensor] = {}
-        targets = {**self.parameters, **self._fused_states()}
+        targets = {**self.parameters, **self.fused_states}
         num_taken = dict.fromkeys(self.parameters, 0)
         for part in checkpoint.tables:
             rows = read_table_part(checkpoint.url, part)
@@ -186,7 +186,8 @@ class ShardedTables:
                     continue
                 parameter = self.parameters[table]
                 if name not in targets:
-                    targets[name] = states[name] = torch.zeros_like(parameter)
+                    shape = (len(parameter), *source.shape[1:])
+                    targets[name] = states[name] = parameter.new_zeros(shape)
                 first, mine = part.first_rows[table], self.first_rows[table]
                 start = max(first, mine)
                 stop = min(first + len(source), mine + len(parameter), self.num_rows[table])
@@ -246,8 +247,9 @@ class ShardedTables:
                 init_data_parallel=False,
             )
 
-    def _fused_states(self) -> dict[str, Tensor]:
-        """The states of the fused optimizer that have a row for each of the table's."""
+    @property
+    def fused_states(self) -> dict[str, Tensor]:
+        """The states of the fused optimizer that have a row for each of this rank's."""
         if self._is_exact:
             return {}
         states = {}

@@ -118,13 +118,13 @@ class BaselineTraining(ABC, Generic[Batch]):
         The mean over the ranks is that of the batch, of both.
         """
 
-    @abstractmethod
     def represent_users(self, batch: EventBatch) -> Tensor:
         """Returns the vectors (b, D) of the events' users as they are before each event.
 
         Every rank calls it with its slice, which may be empty. Where a user is not served, the
-        vector means nothing.
+        vector means nothing. Only ``evaluate`` calls it: who overrides that needs none.
         """
+        raise NotImplementedError
 
     def represent_items(self, items: npt.NDArray[np.int64]) -> Tensor:
         """Returns the vectors (n, D) of training items, to be multiplied with the users'."""
@@ -151,12 +151,16 @@ class BaselineTraining(ABC, Generic[Batch]):
         self.tables.prepare(learning_rate)
         with self.clock("encode"):
             objective, losses_k = self.losses(batch, epoch)
+        self.descend(objective, learning_rate)
+        return losses_k.detach()
+
+    def descend(self, objective: Tensor, learning_rate: float) -> None:
+        """Takes the step that makes the objective smaller; the tables are prepared."""
         with self.clock("backward"):
             if self.optimizer is not None:
                 self.model.zero_grad()
             objective.backward()
             self._update(learning_rate)
-        return losses_k.detach()
 
     def _update(self, learning_rate: float) -> None:
         if self.optimizer is None:
