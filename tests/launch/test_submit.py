@@ -180,14 +180,15 @@ def test_a_run_is_submitted_stopped_and_goes_on(head: Head, tmp_path: Path) -> N
     assert "AWS_SECRET_ACCESS_KEY" in output
     assert SECRET not in output + (tmp_path / "run" / "config.yaml").read_text()
     wait_until(lambda: cluster.job(job).status.is_terminal() and nothing_runs(head))
-    assert "stopped; newest checkpoint" in cluster.printed(job)
+    printed = cluster.printed(job)
+    assert "stopped; newest checkpoint" in printed, printed
     newest = store.latest()
     assert newest is not None
     assert not read_checkpoint(newest).position.is_validated
 
     plain = ("job", "submit", "--working-dir", ".", "--", "felrec", "train", "config.yaml")
     output = head.run("ray", *plain, cwd=folder)
-    assert f"resumed from {newest}" in output
+    assert f"resumed from {newest}" in output, output
     assert "most popular" in output
     wait_until(lambda: nothing_runs(head))
 
