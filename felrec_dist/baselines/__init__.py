@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,5 +22,12 @@ def build_baseline(
         ConfigError: TorchRec is not installed.
     """
     from felrec_dist.baselines.bpr_mf import BPRMFTraining
+    from felrec_dist.baselines.gru4rec_bptt import GRU4RecBPTTTraining
+    from felrec_dist.baselines.sasrec import SASRecTraining
 
-    return {"bpr-mf": BPRMFTraining}[config.model.variant](config, dataset, client, world)
+    trainings: dict[str, Callable[..., Recommender[Any]]] = {
+        "bpr-mf": BPRMFTraining,
+        "sasrec": SASRecTraining,
+        "gru4rec-bptt": GRU4RecBPTTTraining,
+    }
+    return trainings[config.model.variant](config, dataset, client, world)
