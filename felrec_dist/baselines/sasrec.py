@@ -30,7 +30,8 @@ class SASRec(nn.Module):
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.scale = math.sqrt(config.width)
-        positions_ND = sinusoidal_positions(config.history_length, config.width).float()
+        # Positions follow from the sizes: not part of a checkpoint.
+        positions_ND = sinusoidal_positions(config.history_length, config.width)
         self.register_buffer("positions_ND", positions_ND, persistent=False)
         self.input_dropout = EventDropout(config.dropout, place=0)
         self.input_norm = nn.LayerNorm(config.width)
@@ -49,7 +50,8 @@ class SASRec(nn.Module):
         """
         keys_R = None if dropout_keys_b is None else dropout_keys_b[packing.history_R]
         # Slots count backwards: an item's position is its distance from the event.
-        x_RD = self.scale * items_RD + self.positions_ND[packing.slot_R]
+        positions_RD = self.positions_ND.to(items_RD.dtype)[packing.slot_R]
+        x_RD = self.scale * items_RD + positions_RD
         x_RD = self.input_norm(self.input_dropout(x_RD, keys_R, packing.slot_R))
         for block in self.blocks:
             x_RD = block(x_RD, packing, keys_R)
