@@ -1,4 +1,4 @@
-"""One thread: on a busy machine, threads that wait for one another cost more than tiny sums take."""
+"""On a busy machine, threads that wait for one another cost more than tiny sums take."""
 
 from __future__ import annotations
 
