@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from felrec_dist.baselines import build_baseline
+from felrec_dist.baselines.config import GRU4RecBPTTConfig
 from felrec_dist.baselines.gru4rec_bptt import GRU4RecBPTT
 from felrec_dist.baselines.next_item import NextItemTraining
 from felrec_dist.baselines.sasrec import SASRec
@@ -126,16 +126,9 @@ def small_model(variant: str, seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
     if variant == "sasrec":
         return SASRec(EncoderConfig.model_validate(ENCODER)).double().eval()
-    from felrec_dist.baselines.config import GRU4RecBPTTConfig
-
     return GRU4RecBPTT(GRU4RecBPTTConfig.model_validate(MODELS[variant])).double().eval()
 
 
 def random_rows(seed: int, num_rows: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(num_rows, D, dtype=torch.float64, generator=generator)
-
-
-def places_of(windows: list[list[int]]) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Returns the number of items of each window."""
-    return np.array([len(window) for window in windows], dtype=np.int64)
