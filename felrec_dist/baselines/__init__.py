@@ -22,11 +22,15 @@ def build_baseline(
         ConfigError: TorchRec is not installed.
     """
     from felrec_dist.baselines.bpr_mf import BPRMFTraining
+    from felrec_dist.baselines.gru4rec_bptt import GRU4RecBPTTTraining
     from felrec_dist.baselines.jodie_training import JODIETraining
+    from felrec_dist.baselines.sasrec import SASRecTraining
 
-    baselines: dict[str, Callable[..., Recommender[Any]]] = {
+    trainings: dict[str, Callable[..., Recommender[Any]]] = {
         "bpr-mf": BPRMFTraining,
+        "sasrec": SASRecTraining,
+        "gru4rec-bptt": GRU4RecBPTTTraining,
         "jodie": JODIETraining,
         "jodie-released": JODIETraining,
     }
-    return baselines[config.model.variant](config, dataset, client, world)
+    return trainings[config.model.variant](config, dataset, client, world)

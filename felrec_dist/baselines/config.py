@@ -46,7 +46,9 @@ class NextItemConfig(Section):
     loss: Literal["bpr", "softmax", "sampled-softmax"] = Field(
         "bpr", description="bpr as released; with a softmax these models are far stronger"
     )
-    num_negatives: int = Field(8, ge=1, description="of each position; not for softmax")
+    num_negatives: int = Field(
+        8, ge=1, description="bpr: of each position; sampled-softmax: of the batch, for all of it"
+    )
 
     def cache_widths(self) -> dict[str, int]:
         """Nothing is kept: each event reads its own history."""

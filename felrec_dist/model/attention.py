@@ -22,7 +22,8 @@ def grouped_attention(projected_RC: Tensor, packing: Packing, num_heads: int) ->
 
     Args:
         projected_RC: queries, keys and values side by side, C = 3 D; in each, heads side by side.
-        packing: of the rows; rows of no slot are not attended to.
+        packing: of the rows; rows of no slot are not attended to, and where it is causal no row
+            attends to one after it.
         num_heads: H.
     """
     return cast(Tensor, _GroupedAttention.apply(projected_RC, packing, num_heads))  # type: ignore[no-untyped-call]
@@ -46,7 +47,8 @@ class _GroupedAttention(torch.autograd.Function):
         for group, group_RC, is_slot_R, out_RD in pieces:
             shape = (group.num_histories, group.num_slots, 3, *ctx.shape)
             query_BHSd, key_BHSd, value_BHSd = group_RC.view(shape).permute(2, 0, 3, 1, 4).unbind()
-            mask = is_slot_R.view(group.num_histories, 1, 1, -1) if group.is_padded else None
+            is_masked = group.is_padded and not packing.is_causal
+            mask = is_slot_R.view(group.num_histories, 1, 1, -1) if is_masked else None
             with torch.set_grad_enabled(ctx.needs_input_grad[0]):
                 inputs = [
                     each.detach().requires_grad_(ctx.needs_input_grad[0])
@@ -54,7 +56,11 @@ class _GroupedAttention(torch.autograd.Function):
                 ]
                 with torch.autocast("cpu", enabled=False):
                     attended_BHSd = F.scaled_dot_product_attention(
-                        inputs[0], inputs[1], inputs[2], attn_mask=mask
+                        inputs[0],
+                        inputs[1],
+                        inputs[2],
+                        attn_mask=mask,
+                        is_causal=packing.is_causal,
                     )
             _by_slot(out_RD, group, ctx.shape).copy_(attended_BHSd.detach())
             if ctx.needs_input_grad[0]:

@@ -41,7 +41,7 @@ class EncoderConfig(Section):
 
 
 class SelfAttention(nn.Module):
-    """Bidirectional multi-head self-attention without biases."""
+    """Multi-head self-attention without biases; the packing says whether it is causal."""
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()

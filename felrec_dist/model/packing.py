@@ -52,6 +52,8 @@ class Packing:
         is_slot_R: whether it is a neighbour or the empty slot, which is attended to and pooled.
         place_B: int64, where each history lies in the order of the groups.
         num_used_B: int64, slots of each history, in the order of the groups.
+        is_causal: whether each row attends to itself and the rows before it, not to all. Rows of no
+            slot come last and need no mask then.
     """
 
     lengths_B: Tensor
@@ -62,6 +64,7 @@ class Packing:
     is_slot_R: Tensor
     place_B: Tensor
     num_used_B: Tensor
+    is_causal: bool = False
 
     @property
     def rows_of_groups(self) -> list[int]:
@@ -95,15 +98,41 @@ def pack(
         history_length: N.
         padded_rows_per_group: rows that may be padded to save a group.
     """
-    used_B = np.minimum(lengths_B + 1, history_length)
+    return _pack(lengths_B, np.minimum(lengths_B + 1, history_length), padded_rows_per_group)
+
+
+def pack_windows(lengths_B: npt.NDArray[np.int64], padded_rows_per_group: int) -> Packing:
+    """Groups histories without an empty slot, oldest neighbour first, for causal attention.
+
+    The row of slot 0, the most recent neighbour, comes after all others of its history. A history
+    of length 0 has one row, which is no neighbour.
+
+    Args:
+        lengths_B: neighbours of each history.
+        padded_rows_per_group: as for ``pack``.
+    """
+    used_B = np.maximum(lengths_B, 1)
+    return _pack(lengths_B, used_B, padded_rows_per_group, is_causal=True)
+
+
+def _pack(
+    lengths_B: npt.NDArray[np.int64],
+    used_B: npt.NDArray[np.int64],
+    padded_rows_per_group: int,
+    *,
+    is_causal: bool = False,
+) -> Packing:
     order_B = np.argsort(used_B, kind="stable")
-    counts = np.bincount(used_B, minlength=history_length + 1)
+    counts = np.bincount(used_B)
     groups = _groups(counts, padded_rows_per_group)
     slots_B = np.repeat([g.num_slots for g in groups], [g.num_histories for g in groups])
     slots_B = slots_B.astype(np.int64)
     history_R = np.repeat(order_B, slots_B)
     first_rows_B = np.cumsum(slots_B) - slots_B
     slot_R = np.arange(len(history_R), dtype=np.int64) - np.repeat(first_rows_B, slots_B)
+    if is_causal:
+        length_R = lengths_B[history_R]
+        slot_R = np.where(slot_R < length_R, length_R - 1 - slot_R, slot_R)
     place_B = np.empty_like(order_B)
     place_B[order_B] = np.arange(len(order_B))
     return Packing(
@@ -115,6 +144,7 @@ def pack(
         is_slot_R=torch.from_numpy(slot_R < used_B[history_R]),
         place_B=torch.from_numpy(place_B),
         num_used_B=torch.from_numpy(used_B[order_B]),
+        is_causal=is_causal,
     )
 
 
