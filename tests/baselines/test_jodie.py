@@ -153,7 +153,9 @@ def _work(
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize(("num_workers", "batch_size"), [(2, 16), (4, 4)])
+@pytest.mark.parametrize(
+    ("num_workers", "batch_size"), [(2, 16), pytest.param(4, 4, marks=pytest.mark.slow)]
+)
 def test_ranks_and_shards_change_nothing(
     num_workers: int, batch_size: int, dataset: PreparedDataset, session: None, tmp_path: Path
 ) -> None:
