@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from cache_server import CacheClient
 from felrec_dist.baselines.config import JODIEConfig
 from felrec_dist.baselines.jodie import JODIE, JODIEInputs, JODIEOutput, KeptRows
-from felrec_dist.baselines.training import ITEM, USER, BaselineTraining, count_ranks
+from felrec_dist.baselines.training import ITEM, USER, BaselineTraining
 from felrec_dist.config import ExperimentConfig
 from felrec_dist.data.dataset import PreparedDataset, Span
 from felrec_dist.data.histories import Histories, HistoryReader

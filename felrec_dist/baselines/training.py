@@ -22,7 +22,7 @@ from felrec_dist.config import ExperimentConfig
 from felrec_dist.data.dataset import PreparedDataset, Span
 from felrec_dist.data.stream import EventBatch, EventStream, slice_bounds
 from felrec_dist.errors import TrainingError
-from felrec_dist.evaluation.candidates import Ballot, CandidateMatrix
+from felrec_dist.evaluation.candidates import Ballot, CandidateMatrix, count_ranks
 from felrec_dist.evaluation.counts import RankCounts
 from felrec_dist.evaluation.evaluator import Protocol
 from felrec_dist.evaluation.negatives import batch_generator, draw_without_replacement
@@ -296,18 +296,3 @@ class BaselineTraining(ABC, Generic[Batch]):
 
     def close(self) -> None:
         self.tables.close()
-
-
-def count_ranks(exchange: Exchange, candidates: CandidateMatrix, ballot: Ballot) -> RankCounts:
-    """Counts on each rank among its candidates; the sums are those of the whole catalogue."""
-    target_scores_B = exchange.sum(candidates.target_scores(ballot))
-    counts_4B = exchange.sum(candidates.count(ballot, target_scores_B))
-    above, tied, negatives_above, negatives_tied = counts_4B.cpu().numpy()
-    is_extra_B = (ballot.targets_B >= ballot.num_seen).cpu().numpy()
-    return RankCounts(
-        above=above,
-        tied=tied,
-        num_candidates=ballot.num_seen + is_extra_B.astype(np.int64),
-        negatives_above=negatives_above,
-        negatives_tied=negatives_tied,
-    )

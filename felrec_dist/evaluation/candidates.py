@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from felrec_dist.evaluation.counts import count_above_and_tied
+from felrec_dist.evaluation.counts import RankCounts, count_above_and_tied
 from felrec_dist.model.felrec import FELRec
+from felrec_dist.training.exchange import Exchange
 from felrec_dist.training.representations import ITEM, Representations, last_events
 from felrec_dist.training.world import World
 
@@ -155,3 +156,18 @@ class CandidateMatrix:
                 block_BM *= self.is_present_C[rows_BM]
             scores_BM[start : start + block] = block_BM
         return scores_BM
+
+
+def count_ranks(exchange: Exchange, candidates: CandidateMatrix, ballot: Ballot) -> RankCounts:
+    """Counts on each rank among its candidates; the sums are those of the whole catalogue."""
+    target_scores_B = exchange.sum(candidates.target_scores(ballot))
+    counts_4B = exchange.sum(candidates.count(ballot, target_scores_B))
+    above, tied, negatives_above, negatives_tied = counts_4B.cpu().numpy()
+    is_extra_B = (ballot.targets_B >= ballot.num_seen).cpu().numpy()
+    return RankCounts(
+        above=above,
+        tied=tied,
+        num_candidates=ballot.num_seen + is_extra_B.astype(np.int64),
+        negatives_above=negatives_above,
+        negatives_tied=negatives_tied,
+    )

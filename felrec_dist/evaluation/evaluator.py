@@ -29,7 +29,7 @@ from felrec_dist.data.dataset import PreparedDataset, Span
 from felrec_dist.data.stream import EventBatch, EventStream
 from felrec_dist.errors import TrainingError
 from felrec_dist.evaluation.candidate_set import Candidates, is_served, num_candidate_items
-from felrec_dist.evaluation.candidates import Ballot, CandidateMatrix
+from felrec_dist.evaluation.candidates import Ballot, CandidateMatrix, count_ranks
 from felrec_dist.evaluation.counts import RankCounts
 from felrec_dist.evaluation.negatives import (
     batch_generator,
@@ -237,19 +237,8 @@ class Evaluator:
         )
 
     def _count(self, ballot: Ballot, candidates: CandidateMatrix) -> RankCounts:
-        """Each rank counts among its candidates; the sums are those of the whole catalogue."""
         with self.clock("score"):
-            target_scores_B = self.exchange.sum(candidates.target_scores(ballot))
-            counts_4B = self.exchange.sum(candidates.count(ballot, target_scores_B))
-            above, tied, negatives_above, negatives_tied = counts_4B.cpu().numpy()
-            is_extra_B = (ballot.targets_B >= ballot.num_seen).cpu().numpy()
-        return RankCounts(
-            above=above,
-            tied=tied,
-            num_candidates=ballot.num_seen + is_extra_B.astype(np.int64),
-            negatives_above=negatives_above,
-            negatives_tied=negatives_tied,
-        )
+            return count_ranks(self.exchange, candidates, ballot)
 
 
 def _last_of_same(ids_B: np.typing.NDArray[np.int64]) -> Tensor:
