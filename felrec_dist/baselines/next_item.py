@@ -30,7 +30,7 @@ from felrec_dist.config import ExperimentConfig
 from felrec_dist.data.dataset import PreparedDataset
 from felrec_dist.data.stream import EventBatch
 from felrec_dist.model.dropout import dropout_keys
-from felrec_dist.model.packing import Packing, pack_windows
+from felrec_dist.model.packing import pack_windows
 from felrec_dist.training.world import World
 
 Int64s = npt.NDArray[np.int64]
@@ -174,7 +174,7 @@ class NextItemTraining(BaselineTraining[ShuffledBatch]):
         targets_P = targets_BN[mine][places_P]
         if self.loss == "bpr":
             negatives = negatives[mine][places_P]
-        # A row without an item reads any: it comes after its window's last, and nothing looks there.
+        # A row without an item reads any: it comes after the window, and nothing looks there.
         parts = [windows.items_BN[mine][places_R], targets_P, negatives.ravel()]
         vectors = self.tables.lookup(self.rows_of({ITEM: np.concatenate(parts)}))[ITEM]
         items_RD, target_PD, negative_XD = vectors.split([len(part) for part in parts])
