@@ -30,7 +30,7 @@ from felrec_dist.config import ExperimentConfig
 from felrec_dist.data.dataset import PreparedDataset
 from felrec_dist.data.stream import EventBatch
 from felrec_dist.model.dropout import dropout_keys
-from felrec_dist.model.packing import Packing, pack_windows
+from felrec_dist.model.packing import pack_windows
 from felrec_dist.training.world import World
 
 Int64s = npt.NDArray[np.int64]
@@ -174,13 +174,14 @@ class NextItemTraining(BaselineTraining[ShuffledBatch]):
         targets_P = targets_BN[mine][places_P]
         if self.loss == "bpr":
             negatives = negatives[mine][places_P]
+        # A row without an item reads any: it comes after the window, and nothing looks there.
         parts = [windows.items_BN[mine][places_R], targets_P, negatives.ravel()]
         vectors = self.tables.lookup(self.rows_of({ITEM: np.concatenate(parts)}))[ITEM]
         items_RD, target_PD, negative_XD = vectors.split([len(part) for part in parts])
 
         packing = packing.to(self.world.device)
         keys_b = dropout_keys(seed, epoch, batch.positions[mine])[0].to(self.world.device)
-        output_RD = self.forward(_without_padding(items_RD, packing), packing, keys_b)
+        output_RD = self.forward(items_RD, packing, keys_b)
         output_PD = output_RD[packing.is_neighbour_R]
         positive_P = (output_PD * target_PD).sum(dim=1)
         # Ranks have equally many events, not positions: the mean over them must be the batch's.
@@ -210,7 +211,7 @@ class NextItemTraining(BaselineTraining[ShuffledBatch]):
         items_R = windows.items_BN[packing.history_R.numpy(), packing.slot_R.numpy()]
         items_RD = self.tables.lookup(self.rows_of({ITEM: items_R}))[ITEM]
         packing = packing.to(self.world.device)
-        output_RD = self.model(_without_padding(items_RD, packing), packing, None)
+        output_RD = self.model(items_RD, packing, None)
         is_last_R = packing.slot_R == 0
         user_bD = output_RD.new_empty(len(batch), output_RD.shape[1])
         user_bD[packing.history_R[is_last_R]] = output_RD[is_last_R]
@@ -219,8 +220,3 @@ class NextItemTraining(BaselineTraining[ShuffledBatch]):
     def serves_users(self, batch: EventBatch) -> npt.NDArray[np.bool_]:
         """Users with an item of the training part among their last N, new users too."""
         return self.windows.read(batch.user_offset, batch.user_length).lengths_B > 0
-
-
-def _without_padding(items_RD: Tensor, packing: Packing) -> Tensor:
-    """Returns the rows with zeros where there is no item: no gradient goes there."""
-    return torch.where(packing.is_neighbour_R[:, None], items_RD, 0.0)

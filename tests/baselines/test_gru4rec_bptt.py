@@ -35,7 +35,7 @@ def test_a_row_depends_on_those_before_it_alone() -> None:
     before_RD = model(items_RD, packing, None)
     for changed in range(4):
         other_RD = items_RD.clone()
-        other_RD[changed] += 1.0
+        other_RD[changed, 0] += 1.0
         differs_R = (model(other_RD, packing, None) != before_RD).any(dim=1)
         assert differs_R.tolist() == [row >= changed for row in range(4)]
 
