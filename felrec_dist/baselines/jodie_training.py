@@ -32,7 +32,12 @@ from felrec_dist.data.dataset import PreparedDataset, Span
 from felrec_dist.data.histories import Histories, HistoryReader
 from felrec_dist.data.stream import EventBatch, EventStream, StreamPosition, whole_batches
 from felrec_dist.evaluation.candidate_set import is_served, num_candidate_items
-from felrec_dist.evaluation.candidates import FETCHED_ROWS, Ballot, CandidateMatrix
+from felrec_dist.evaluation.candidates import (
+    FETCHED_ROWS,
+    Ballot,
+    CandidateMatrix,
+    count_ranks,
+)
 from felrec_dist.evaluation.counts import RankCounts
 from felrec_dist.evaluation.evaluator import Protocol
 from felrec_dist.evaluation.negatives import batch_generator, draw_without_replacement
