@@ -210,7 +210,7 @@ def test_it_learns_who_likes_what(tmp_path: Path, dataset: PreparedDataset) -> N
     }
     config = experiment(dataset, tmp_path / "run", training=changes, model={"width": 32})
     fit(config)
-    assert tables_of(tmp_path / "run")["losses"].mean() < 0.1
+    assert tables_of(tmp_path / "run")["losses"].mean() < 0.2
 
 
 @pytest.mark.parametrize(
