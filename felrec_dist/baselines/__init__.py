@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,5 +22,10 @@ def build_baseline(
         ConfigError: TorchRec is not installed.
     """
     from felrec_dist.baselines.bpr_mf import BPRMFTraining
+    from felrec_dist.baselines.gru4rec import GRU4RecTraining
 
-    return {"bpr-mf": BPRMFTraining}[config.model.variant](config, dataset, client, world)
+    baselines: dict[str, Callable[..., Recommender[Any]]] = {
+        "bpr-mf": BPRMFTraining,
+        "gru4rec": GRU4RecTraining,
+    }
+    return baselines[config.model.variant](config, dataset, client, world)
