@@ -22,6 +22,7 @@ def build_baseline(
         ConfigError: TorchRec is not installed.
     """
     from felrec_dist.baselines.bpr_mf import BPRMFTraining
+    from felrec_dist.baselines.gru4rec import GRU4RecTraining
     from felrec_dist.baselines.gru4rec_bptt import GRU4RecBPTTTraining
     from felrec_dist.baselines.jodie_training import JODIETraining
     from felrec_dist.baselines.sasrec import SASRecTraining
@@ -29,6 +30,7 @@ def build_baseline(
     trainings: dict[str, Callable[..., Recommender[Any]]] = {
         "bpr-mf": BPRMFTraining,
         "sasrec": SASRecTraining,
+        "gru4rec": GRU4RecTraining,
         "gru4rec-bptt": GRU4RecBPTTTraining,
         "jodie": JODIETraining,
         "jodie-released": JODIETraining,

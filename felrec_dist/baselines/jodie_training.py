@@ -315,6 +315,7 @@ class JODIETraining(BaselineTraining[LoadedBatch]):
 
     def close(self) -> None:
         self.representations.close()
+        super().close()
 
     def check(self, where: str) -> None:
         super().check(where)

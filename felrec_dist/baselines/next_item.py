@@ -68,12 +68,13 @@ class WindowReader:
         self._num_known = dataset.num_train_items
         keys = dataset.items.ids
         order = np.argsort(keys)
-        neighbours = dataset.neighbours("user")
-        self._items_of_users = np.empty(len(neighbours), dtype=np.int32)
-        for start in range(0, len(neighbours), _MAPPED_EVENTS):
-            chunk = slice(start, start + _MAPPED_EVENTS)
-            places = np.searchsorted(keys, np.asarray(neighbours[chunk]), sorter=order)
-            self._items_of_users[chunk] = order[places]
+        rows = []
+        for segment in dataset.neighbours("user"):
+            for start in range(0, len(segment), _MAPPED_EVENTS):
+                chunk = np.asarray(segment[start : start + _MAPPED_EVENTS])
+                places = np.searchsorted(keys, chunk, sorter=order)
+                rows.append(order[places].astype(np.int32))
+        self._items_of_users = np.concatenate(rows)
 
     def read(self, user_offset_B: Int64s, user_length_B: Int64s) -> Windows:
         """Returns the windows of events, as ``EventBatch`` tells where they lie.
@@ -215,8 +216,6 @@ class NextItemTraining(BaselineTraining[ShuffledBatch]):
         is_last_R = packing.slot_R == 0
         user_bD = output_RD.new_empty(len(batch), output_RD.shape[1])
         user_bD[packing.history_R[is_last_R]] = output_RD[is_last_R]
+        # Of a user without a known item all candidates tie.
+        user_bD[torch.from_numpy(windows.lengths_B == 0).to(user_bD.device)] = 0.0
         return user_bD
-
-    def serves_users(self, batch: EventBatch) -> npt.NDArray[np.bool_]:
-        """Users with an item of the training part among their last N, new users too."""
-        return self.windows.read(batch.user_offset, batch.user_length).lengths_B > 0

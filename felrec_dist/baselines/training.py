@@ -122,9 +122,27 @@ class BaselineTraining(ABC, Generic[Batch]):
         """Returns the vectors (b, D) of the events' users as they are before each event.
 
         Every rank calls it with its slice, which may be empty. Where a user is not served, the
-        vector means nothing. Only ``evaluate`` calls it: who overrides that needs none.
+        vector means nothing. A baseline has this or ``represent_batch``, or
+        overrides ``evaluate``.
         """
         raise NotImplementedError
+
+    def begin_span(self, span: Span, step: int) -> int:
+        """Comes before the evaluation of a span; returns the cache's step after it."""
+        return step
+
+    def represent_batch(self, batch: EventBatch, step: int) -> Tensor:
+        """Returns ``represent_users`` of the whole batch (B, D), on all ranks.
+
+        Args:
+            batch: of all ranks.
+            step: of the cache; what it writes belongs to it.
+        """
+        with self.clock("encode"):
+            user_bD = self.represent_users(batch.slice(*self._bounds(batch)))
+        with self.clock("exchange"):
+            (user_BD,) = self.exchange.gather_batch([user_bD], len(batch))
+        return user_BD
 
     def represent_items(self, items: npt.NDArray[np.int64]) -> Tensor:
         """Returns the vectors (n, D) of training items, to be multiplied with the users'."""
@@ -179,7 +197,7 @@ class BaselineTraining(ABC, Generic[Batch]):
         protocol: Protocol,
         on_batch: Callable[[int], None],
     ) -> tuple[PartResult, int]:
-        """Ranks each target among the training items; nothing is written."""
+        """Ranks each target among the training items."""
         assert protocol == "causal", protocol
         self.model.eval()
         num_items = self.dataset.num_train_items
@@ -188,12 +206,10 @@ class BaselineTraining(ABC, Generic[Batch]):
         counts: list[RankCounts] = []
         is_served: list[npt.NDArray[np.bool_]] = []
         with torch.no_grad():
+            step = self.begin_span(span, step)
             candidates = self._candidates()
             for batch, _ in EventStream(self.dataset, span, self.config.data.batch_size).batches():
-                with self.clock("encode"):
-                    user_bD = self.represent_users(batch.slice(*self._bounds(batch)))
-                with self.clock("exchange"):
-                    (user_BD,) = self.exchange.gather_batch([user_bD], len(batch))
+                user_BD = self.represent_batch(batch, step + len(batches))
                 served_B = self.serves_users(batch) & (batch.item_index < num_items)
                 self._check_finite(user_BD, batch)
                 negatives_BM = draw_without_replacement(

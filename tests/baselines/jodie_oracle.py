@@ -93,7 +93,7 @@ class SlowJODIE:
         losses, ranks = [], []
         items = self.dataset.items
         index_of = {key: index for index, key in enumerate(items.ids.tolist())}
-        neighbours = self.dataset.neighbours("user")
+        [neighbours] = self.dataset.neighbours("user")
         num_seen = int((items.first_positions < span.start).sum())
         for batch, _ in EventStream(self.dataset, span, batch_size).batches():
             terms, written = [], []
