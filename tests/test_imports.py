@@ -79,7 +79,8 @@ def test_imports_nothing_it_does_not_need_and_says_nothing(tmp_path: Path) -> No
     modules |= {"launch.local", "launch.progress"}
     assert NEED_DUCKDB < modules, "the exceptions must be real"
     modules -= NEED_RAY | NEED_DUCKDB
-    modules -= {name for name in modules if name.startswith("felrec_dist.baselines")}
+    modules -= {name for name in modules if name.startswith("felrec_dist.baselines.")}
+    modules.add("felrec_dist.baselines.config")
     done = run_python(IMPORT_ALL, "ray,torchrec,duckdb", *sorted(modules), cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert list(tmp_path.iterdir()) == []
@@ -127,6 +128,19 @@ def test_a_local_run_needs_no_ray(tmp_path: Path) -> None:
         TRAIN, blocked, "evaluate", str(config), "--checkpoint", checkpoint, "--local", cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_a_baseline_without_torchrec_says_what_to_install(tmp_path: Path) -> None:
+    dataset = tiny.prepare_events(tmp_path)
+    urls = (f"data.url={dataset.url}", f"run.url={tmp_path / 'run'}", "data.batch_size=16")
+    done = run_python(
+        TRAIN, "ray,torchrec", "train", "configs/ml-100k_bpr-mf.yaml", "--local", *urls
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "the baselines need TorchRec" in done.stderr
+    assert "felrec-dist[torchrec]" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_on_ray_without_ray_says_what_to_install(tmp_path: Path) -> None:
