@@ -218,13 +218,28 @@ def test_a_disk_that_is_full_at_any_time_leaves_no_half_data_set(
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
     try:
         if num_bytes == 300_000:
-            prepare(source, place / "new", name="tiny").verify()
+            prepare(source, place / "new", name="tiny")
         else:
             with pytest.raises((ConfigError, StorageError), match=r"File too large\n(.|\n)*remedy"):
                 prepare(source, place / "new", name="tiny")
-            assert digests(place.folder) == before
+            assert apart_from_progress(digests(place.folder)) == before
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    prepare(source, place / "new", name="tiny", overwrite=True).verify()
+    assert only_the_new_data_set(digests(place.folder), before)
+
+
+def apart_from_progress(found: dict[str, str]) -> dict[str, str]:
+    """Without what a preparation that ran out of room keeps to go on from."""
+    progress = re.compile(r"out|(out/)?(\.new\.partial|felrec-prepare-[0-9a-f]{16})(/.*)?")
+    return {name: digest for name, digest in found.items() if not progress.fullmatch(name)}
+
+
+def only_the_new_data_set(found: dict[str, str], before: dict[str, str]) -> bool:
+    new = re.compile(r"out|(out/)?new(/.*)?")
+    return before.items() <= found.items() and all(
+        new.fullmatch(name) for name in found.keys() - before.keys()
+    )
 
 
 @pytest.mark.parametrize("failing", ["part-00000", "users_of_items", "items.parquet", "dataset"])
@@ -234,15 +249,18 @@ def test_a_disk_that_is_full_at_any_file_leaves_no_half_data_set(
     """Each file is opened by Arrow, NumPy or Python; in the place of one there is no room."""
     before = digests(place.folder)
     real_mkdir = Path.mkdir
-    folders = {"part-00000": "events", "users_of_items": "neighbours", "items.parquet": "catalogue"}
+    files = {
+        "part-00000": ("events", "part-00000.parquet"),
+        "users_of_items": ("neighbours", "users_of_items.npy"),
+        "items.parquet": ("catalogue", "items.parquet"),
+        "dataset": ("catalogue", "../dataset.json"),
+    }
+    folder, name = files[failing]
 
     def mkdir(path: Path, *args: Any, **options: Any) -> None:
         real_mkdir(path, *args, **options)
-        if path.name.endswith(".partial") and failing == "dataset":
-            (path / "dataset.json").symlink_to("/dev/full")
-        elif path.name == folders.get(failing):
-            ending = {"events": ".parquet", "neighbours": ".npy", "catalogue": ""}[path.name]
-            (path / f"{failing}{ending}").symlink_to("/dev/full")
+        if path.name == folder and not (path / name).is_symlink():
+            (path / name).symlink_to("/dev/full")
 
     with place.patch.context() as patch:
         patch.setattr(Path, "mkdir", mkdir)
@@ -251,7 +269,12 @@ def test_a_disk_that_is_full_at_any_file_leaves_no_half_data_set(
     assert kind == "StorageError"
     assert "No space left" in told["got"]
     assert "free space" in told["remedy"]
-    assert digests(place.folder) == before
+    assert apart_from_progress(digests(place.folder)) == before
+    # What it keeps is of use: with room again, the same command ends with the whole data set.
+    for link in filter(Path.is_symlink, place.folder.rglob("*")):
+        link.unlink()
+    assert felrec(*place.filled(PREPARE)).code == 0
+    assert only_the_new_data_set(digests(place.folder), before)
 
 
 def test_an_object_store_that_refuses_ends_in_words(place: Place, felrec: Felrec) -> None:

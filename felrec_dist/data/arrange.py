@@ -14,7 +14,8 @@ the entities that are touched, not with all.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
 from functools import partial
 
 import duckdb
@@ -51,6 +52,12 @@ class Arrangement:
     split: Split
     raw: RawTable
     progress: Progress
+    _open: ExitStack = field(default_factory=ExitStack)
+
+    def close(self) -> None:
+        """Lets go of tables that are not read to their end: DuckDB keeps its database open for
+        them, and opening it again in this process would wait."""
+        self._open.close()
 
     def sort(self) -> None:
         """Runs the stages that are not finished."""
@@ -103,14 +110,9 @@ class Arrangement:
 
     def _rows(self, query: str) -> Rows:
         # A cursor of its own, for several of them are read side by side.
-        cursor = self.connection.cursor()
-        reader = cursor.sql(query).to_arrow_reader(_ARROW_BATCH_ROWS)
-
-        def batches() -> Iterator[pa.RecordBatch]:
-            yield from reader
-            cursor.close()
-
-        return Rows(reader.schema, batches())
+        cursor = self._open.enter_context(closing(self.connection.cursor()))
+        reader = self._open.enter_context(cursor.sql(query).to_arrow_reader(_ARROW_BATCH_ROWS))
+        return Rows(reader.schema, iter(reader))
 
     def _create(self, table: str, query: str) -> None:
         self.connection.execute(f"CREATE OR REPLACE TABLE {table} AS {query}")

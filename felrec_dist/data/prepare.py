@@ -16,7 +16,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from decimal import Decimal, InvalidOperation
 from functools import partial
@@ -330,9 +330,11 @@ class _Job:
                 copy.unlink()
             raw = RawTable(**facts["raw"])
             split = _split(base.num_events + raw.num_events, *self.settings.fractions)
-            tables = Arrangement(connection, stages, base, split, raw, self.progress)
-            tables.sort()
-            self._write(stages.run, tables, base, split, raw, facts["source"], before)
+            with closing(
+                Arrangement(connection, stages, base, split, raw, self.progress)
+            ) as tables:
+                tables.sort()
+                self._write(stages.run, tables, base, split, raw, facts["source"], before)
             publish(stages)
 
     def _run_on_ray(self, publish: Callable[[Stages | None], None]) -> None:
