@@ -10,7 +10,7 @@ import os
 import re
 import reprlib
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import fsspec
 import yaml
@@ -173,6 +173,18 @@ def load_config(url: str, overrides: Sequence[str] = ()) -> ExperimentConfig:
         ConfigError: the file is missing, unreadable or no YAML, a key is unknown, a value breaks a
             rule.
     """
+    tree = read_yaml(url)
+    for override in overrides:
+        _override(tree, override)
+    return parse_config(tree, where=url)
+
+
+def read_yaml(url: str) -> dict[str, Any]:
+    """Reads a YAML file that holds a tree of keys.
+
+    Raises:
+        ConfigError: the file is missing, unreadable or no YAML, or holds something else.
+    """
     try:
         with fsspec.open(url, "r") as file:
             text = file.read()
@@ -197,9 +209,7 @@ def load_config(url: str, overrides: Sequence[str] = ()) -> ExperimentConfig:
             got=type(tree).__name__,
             expected="sections such as data:, run:, model:",
         )
-    for override in overrides:
-        _override(tree, override)
-    return parse_config(tree, where=url)
+    return tree
 
 
 def parse_config(tree: Mapping[str, Any], *, where: str) -> ExperimentConfig:
@@ -208,10 +218,22 @@ def parse_config(tree: Mapping[str, Any], *, where: str) -> ExperimentConfig:
     Raises:
         ConfigError: with the field, the value and the rule of the first thing that is wrong.
     """
+    return check_section(ExperimentConfig, tree, where=where)
+
+
+AnySection = TypeVar("AnySection", bound=Section)
+
+
+def check_section(section: type[AnySection], tree: Mapping[str, Any], *, where: str) -> AnySection:
+    """Checks a tree of plain values against a section of any kind.
+
+    Raises:
+        ConfigError: with the field, the value and the rule of the first thing that is wrong.
+    """
     try:
-        return ExperimentConfig.model_validate(tree)
+        return section.model_validate(tree)
     except ValidationError as error:
-        raise _explain(error, where) from error
+        raise _explain(error, section, where) from error
 
 
 def with_absolute_paths(config: ExperimentConfig) -> ExperimentConfig:
@@ -273,9 +295,9 @@ def _override(tree: dict[str, Any], override: str) -> None:
     tree[last] = value
 
 
-def _explain(error: ValidationError, where: str) -> ConfigError:
+def _explain(error: ValidationError, root: type[BaseModel], where: str) -> ConfigError:
     details = error.errors()[0]
-    location, section = _place(details["loc"])
+    location, section = _place(root, details["loc"])
     path = ".".join(str(part) for part in location)
     if details["type"] == "extra_forbidden":
         known = list(section.model_fields)
@@ -296,10 +318,11 @@ def _explain(error: ValidationError, where: str) -> ConfigError:
     )
 
 
-def _place(location: Sequence[int | str]) -> tuple[list[int | str], type[BaseModel]]:
+def _place(
+    section: type[BaseModel], location: Sequence[int | str]
+) -> tuple[list[int | str], type[BaseModel]]:
     """Returns the path of a key as it stands in the file, and the innermost section around it."""
     path: list[int | str] = []
-    section: type[BaseModel] = ExperimentConfig
     choices: dict[str, type[BaseModel]] = {}
     for part in location:
         if part in choices:  # pydantic names the choice it has made, as one more key
@@ -315,8 +338,11 @@ def _place(location: Sequence[int | str]) -> tuple[list[int | str], type[BaseMod
                 for choice in get_args(field.annotation)
                 for variant in get_args(choice.model_fields[field.discriminator].annotation)
             }
-        elif isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            section = field.annotation
+        else:
+            # A section, or a dictionary or a tuple of them.
+            for kind in (field.annotation, *get_args(field.annotation)):
+                if isinstance(kind, type) and issubclass(kind, BaseModel):
+                    section = kind
     return path, section
 
 

@@ -26,6 +26,7 @@ from launch.cache_cli import cache_app
 from launch.compare_cli import compare
 from launch.stopping import StopRequest, stop_requests
 from launch.submit_cli import submit
+from launch.suite_cli import suite
 
 if TYPE_CHECKING:
     from felrec_dist.config import ExperimentConfig
@@ -41,6 +42,7 @@ app.add_typer(cache_app, name="cache")
 app.command()(benchmark)
 app.command()(compare)
 app.command()(submit)
+app.command()(suite)
 
 IdKind = Literal["int", "string"]
 Unit = Literal["s", "ms", "us", "iso"]

@@ -1,0 +1,298 @@
+"""A suite: runs, further tests of them, and the tables they stand in, as one YAML file.
+
+A job is *done* when it left a note of what it was: the config, the options, what it builds on. A
+suite that is started again does only what is not done, or is no longer what it was.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import yaml
+from pydantic import Field, field_validator, model_validator
+
+from felrec_dist.config import (
+    ExperimentConfig,
+    absolute_url,
+    check_section,
+    load_config,
+    read_yaml,
+    with_absolute_paths,
+)
+from felrec_dist.errors import ConfigError, storage_errors
+from felrec_dist.evaluation.compare import (
+    Comparison,
+    ReportedRun,
+    compare,
+    to_json,
+    to_markdown,
+    to_text,
+)
+from felrec_dist.evaluation.report import TestReport, read_report
+from felrec_dist.evaluation.result import METRICS, PAPER_METRICS, write_json
+from felrec_dist.section import Section
+from felrec_dist.storage import check_names_one_folder, exists, json_sha256, write_whole
+
+NOTE = "suite.json"
+LOGS = "logs"
+
+
+class SuiteRun(Section):
+    """A training, with the test at its end."""
+
+    config: str = Field(description="a file, relative to the suite's")
+    overrides: dict[str, Any] = Field(
+        default_factory=dict, description="by dotted key, over the config and the suite's own"
+    )
+
+
+class SuiteTest(Section):
+    """Another test of what a run trained."""
+
+    of: str = Field(description="the name of a run")
+    overrides: dict[str, Any] = Field(default_factory=dict)
+    options: tuple[str, ...] = Field((), strict=False, description="of felrec evaluate")
+
+
+class SuiteTable(Section):
+    """Runs and tests beside one another, as ``felrec compare`` shows them."""
+
+    title: str
+    rows: dict[str, str] = Field(description="run or test by the name it has in the table")
+    metrics: tuple[str, ...] = Field(PAPER_METRICS, strict=False)
+
+
+class SuiteConfig(Section):
+    """A suite, whole."""
+
+    out: str = Field(description="folder with a folder for each run and test, any fsspec URL")
+    overrides: dict[str, Any] = Field(default_factory=dict, description="of all runs and tests")
+    runs: dict[str, SuiteRun]
+    tests: dict[str, SuiteTest] = Field(default_factory=dict)
+    tables: tuple[SuiteTable, ...] = Field((), strict=False)
+
+    @field_validator("out")
+    @classmethod
+    def _names_one_folder(cls, url: str) -> str:
+        check_names_one_folder(url)
+        return url
+
+    @model_validator(mode="after")
+    def _names_are_known(self) -> SuiteConfig:
+        if twice := self.runs.keys() & self.tests.keys():
+            raise ValueError(f"{sorted(twice)[0]} is the name of a run and of a test")
+        for name in (*self.runs, *self.tests):
+            if not name or name.startswith(".") or "/" in name or name == LOGS:
+                raise ValueError(f"{name!r} names a folder: not {LOGS}, no slash, no dot in front")
+        for name, test in self.tests.items():
+            if test.of not in self.runs:
+                raise ValueError(f"tests.{name}.of: there is no run {test.of}")
+        for table in self.tables:
+            for row in table.rows.values():
+                if row not in self.runs and row not in self.tests:
+                    raise ValueError(f"{table.title}: there is no run or test {row}")
+            for metric in table.metrics:
+                if metric not in METRICS:
+                    raise ValueError(f"{table.title}: {metric} is not one of {', '.join(METRICS)}")
+        return self
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run, or a test of one.
+
+    Attributes:
+        name: of its folder.
+        of: the run that a test is of.
+        config_url: the config file.
+        overrides: what is laid over it, as ``key=value``.
+        options: of ``felrec evaluate``.
+        experiment: the config that comes of it.
+    """
+
+    name: str
+    of: Job | None
+    config_url: str
+    overrides: tuple[str, ...]
+    options: tuple[str, ...]
+    experiment: ExperimentConfig
+
+    @property
+    def url(self) -> str:
+        return self.experiment.run.url
+
+    @property
+    def report(self) -> TestReport:
+        """Of its test.
+
+        Raises:
+            InputError, StorageError: there is none, or it cannot be read.
+        """
+        return read_report(self.url, self.experiment.evaluation.protocol)
+
+    @property
+    def digest(self) -> str:
+        """Of all that decides what it gives, in hexadecimal."""
+        return json_sha256(
+            {
+                "config": self.experiment.model_dump(mode="json"),
+                "options": list(self.options),
+                "of": self.of and self.of.digest,
+            }
+        )
+
+    def command(self, *, local: bool) -> list[str]:
+        """Returns the arguments of ``felrec``. Those of a test need the report of its run."""
+        where = ["--local"] if local else []
+        if self.of is None:
+            return ["train", self.config_url, *self.overrides, *where]
+        checkpoint = ["--checkpoint", self.of.report.checkpoint_url]
+        return ["evaluate", self.config_url, *self.overrides, *checkpoint, *self.options, *where]
+
+    def is_done(self) -> bool:
+        """Whether its note is there and says what it is today.
+
+        Raises:
+            StorageError: the note cannot be read.
+        """
+        url = f"{self.url}/{NOTE}"
+        with storage_errors("The note of a suite cannot be read.", url):
+            fs, path = fsspec.core.url_to_fs(url)
+            if not exists(fs, path):
+                return False
+            return bool(json.loads(fs.cat_file(path)).get("digest") == self.digest)
+
+    def leave_note(self, seconds: float) -> None:
+        """Counts it as done.
+
+        Args:
+            seconds: how long it took, or what was left of it.
+        """
+        write_json(f"{self.url}/{NOTE}", {"digest": self.digest, "seconds": seconds})
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Attributes:
+    config: what was asked for.
+    jobs: by name, each run before its tests.
+    """
+
+    config: SuiteConfig
+    jobs: Mapping[str, Job]
+
+    @property
+    def out(self) -> str:
+        return absolute_url(self.config.out).rstrip("/")
+
+    @property
+    def local_logs(self) -> Path | None:
+        """Where runs on this machine leave what they print; None if ``out`` is elsewhere."""
+        return None if "://" in self.out else Path(self.out, LOGS)
+
+    def tests_of(self, run: Job) -> list[Job]:
+        return [job for job in self.jobs.values() if job.of is run]
+
+    def comparison(self, table: SuiteTable) -> tuple[Comparison | None, list[str]]:
+        """The table of the rows that are done, None if none is; and the names of the others.
+
+        A test has the costs of the run it is of.
+        """
+        runs, missing = [], []
+        for label, name in table.rows.items():
+            job = self.jobs[name]
+            if not job.is_done():
+                missing.append(label)
+                continue
+            report = job.report
+            if job.of is not None:
+                trained = job.of.report
+                report = replace(
+                    report,
+                    step_seconds=trained.step_seconds,
+                    epoch_seconds=trained.epoch_seconds,
+                )
+            runs.append(ReportedRun(job.url, label, report))
+        return (compare(runs) if runs else None), missing
+
+
+def load_suite(url: str, overrides: Sequence[str] = ()) -> Suite:
+    """Reads a suite and the configs it names, so that a mistake in the last of them is found first.
+
+    Args:
+        url: the YAML file, any fsspec URL.
+        overrides: ``key=value`` over all runs and tests.
+
+    Raises:
+        ConfigError: of the suite or of one of its configs.
+    """
+    config = check_section(SuiteConfig, read_yaml(url), where=url)
+    folder = url.rpartition("/")[0]
+    out = absolute_url(config.out).rstrip("/")
+    jobs: dict[str, Job] = {}
+
+    def add(name: str, run: SuiteRun, own: Mapping[str, Any], of: Job | None, options: Any) -> None:
+        file = run.config
+        config_url = file if "://" in file or not folder else f"{folder}/{file}"
+        laid_over = {**config.overrides, **own}
+        texts = (*(_override(key, value) for key, value in laid_over.items()), *overrides)
+        if any(text.startswith("run.url=") for text in texts):
+            raise ConfigError(
+                "the folders of a suite's runs follow from its own",
+                where=url,
+                got=f"run.url among the overrides of {name}",
+                remedy="set out in the suite",
+            )
+        texts = (*texts, f"run.url={out}/{name}")
+        experiment = with_absolute_paths(load_config(config_url, texts))
+        jobs[name] = Job(name, of, config_url, texts, tuple(options), experiment)
+
+    for name, run in config.runs.items():
+        add(name, run, run.overrides, None, ())
+        for test_name, test in config.tests.items():
+            if test.of == name:
+                own = {**run.overrides, **test.overrides}
+                add(test_name, run, own, jobs[name], test.options)
+    return Suite(config, jobs)
+
+
+def _override(key: str, value: Any) -> str:
+    text = yaml.safe_dump(value, default_flow_style=True, width=float("inf"))
+    return f"{key}={text.removesuffix('...' + chr(10)).rstrip()}"
+
+
+def write_tables(suite: Suite) -> list[str]:
+    """Leaves ``tables.md`` and ``tables.json`` in the suite's folder.
+
+    Returns:
+        The tables as text, and where the files are.
+
+    Raises:
+        ConfigError: rows of a table were not tested alike.
+        StorageError: a file cannot be written.
+    """
+    texts, pages, values = [], [], []
+    for table in suite.config.tables:
+        comparison, missing = suite.comparison(table)
+        note = f"Not done: {', '.join(missing)}." if missing else ""
+        if comparison is None:
+            texts.append(f"{table.title}: nothing is done\n")
+            continue
+        texts.append(
+            "\n".join(filter(None, [table.title, to_text(comparison, table.metrics), note]))
+        )
+        page = [f"## {table.title}", to_markdown(comparison, table.metrics).rstrip(), note]
+        pages.append("\n\n".join(filter(None, page)))
+        value = json.loads(to_json(comparison, table.metrics))
+        values.append({"title": table.title, **value, "not_done": missing})
+    if pages:
+        text = "\n\n".join(pages) + "\n"
+        write_whole(f"{suite.out}/tables.md", text.encode(), "the tables cannot be written")
+        write_json(f"{suite.out}/tables.json", {"tables": values})
+        texts.append(f"{suite.out}/tables.md, .json")
+    return texts
