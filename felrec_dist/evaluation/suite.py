@@ -22,7 +22,6 @@ from felrec_dist.config import (
     check_section,
     load_config,
     read_yaml,
-    with_absolute_paths,
 )
 from felrec_dist.errors import ConfigError, storage_errors
 from felrec_dist.evaluation.compare import (
@@ -137,10 +136,10 @@ class Job:
 
     @property
     def digest(self) -> str:
-        """Of all that decides what it gives, in hexadecimal."""
+        """Of all that decides what it gives, in hexadecimal: the folder may be moved."""
         return json_sha256(
             {
-                "config": self.experiment.model_dump(mode="json"),
+                "config": self.experiment.model_dump(mode="json", exclude={"run"}),
                 "options": list(self.options),
                 "of": self.of and self.of.digest,
             }
@@ -249,7 +248,7 @@ def load_suite(url: str, overrides: Sequence[str] = ()) -> Suite:
                 remedy="set out in the suite",
             )
         texts = (*texts, f"run.url={out}/{name}")
-        experiment = with_absolute_paths(load_config(config_url, texts))
+        experiment = load_config(config_url, texts)
         jobs[name] = Job(name, of, config_url, texts, tuple(options), experiment)
 
     for name, run in config.runs.items():
