@@ -63,6 +63,7 @@ def suite(
         conductor = _Conductor(whole, names, folder, local, should_stop)
         failed = conductor.perform(at_once)
         if should_stop():
+            typer.echo("stopped; the same command goes on", err=True)
             raise typer.Exit(should_stop.exit_code)
     from felrec_dist.evaluation.suite import write_tables
 

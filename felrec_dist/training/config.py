@@ -24,6 +24,12 @@ class TrainingConfig(Section):
     grad_clip_value: float | None = Field(
         1.0, gt=0.0, description="each gradient element is clipped; null for none"
     )
+    patience: int | None = Field(
+        None,
+        ge=1,
+        description="training ends after so many epochs in a row without a better validation rank; "
+        "null for all epochs",
+    )
     seed: int = Field(
         0, ge=0, lt=2**63, description="of the initial weights and queues, and of dropout"
     )

@@ -142,7 +142,7 @@ class Trainer:
         self.recommender.close()
 
     def fit(self, *, resume: bool = False) -> RunResult:
-        """Trains to the last epoch and tests the best one.
+        """Trains to the last epoch, or until validation gets no better, and tests the best one.
 
         Args:
             resume: go on from the newest checkpoint of the run's folder, if there is one. Without
@@ -159,7 +159,10 @@ class Trainer:
             steps_done=start.position.global_step if start else 0,
         ) as log:
             num_epochs = config.training.schedule.epochs
-            for epoch in range(start.position.first_epoch if start else 0, num_epochs):
+            epochs_done = start.position.first_epoch if start else 0
+            for epoch in range(epochs_done, num_epochs):
+                if self._is_out_of_patience(epoch):
+                    break
                 stage = f"epoch {epoch + 1}/{num_epochs}"
                 done = None
                 if start and start.position.epoch == epoch:
@@ -196,11 +199,12 @@ class Trainer:
                     f"HR@{config.evaluation.k} {100 * total.hit_rate:.2f} %"
                     + ("" if total.is_complete else f", {total.num_served:,} events served")
                 )
+                epochs_done = epoch + 1
             assert self.best is not None
             checkpoint = read_checkpoint(self.store.epoch_url(self.best.epoch))
             test = self.test(checkpoint)
             log.evaluation(
-                "test", num_epochs * self.steps_per_epoch, test.metrics(), k=config.evaluation.k
+                "test", epochs_done * self.steps_per_epoch, test.metrics(), k=config.evaluation.k
             )
         return RunResult(
             best=self.best,
@@ -210,6 +214,16 @@ class Trainer:
             training_loss=checkpoint.training_loss,
             chance_loss=self.chance_loss,
         )
+
+    def _is_out_of_patience(self, epochs_done: int) -> bool:
+        patience = self.config.training.patience
+        if patience is None or self.best is None or epochs_done - 1 - self.best.epoch < patience:
+            return False
+        self.progress.say(
+            f"training ends: the validation rank was best in epoch {self.best.epoch + 1}, and "
+            f"training.patience is {patience}"
+        )
+        return True
 
     @property
     def chance_loss(self) -> float | None:

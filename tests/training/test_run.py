@@ -483,6 +483,53 @@ def test_of_equal_epochs_the_first_is_best(
     assert trainer.fit().best.epoch == 0
 
 
+@pytest.mark.parametrize(
+    ("ranks", "patience", "epochs_trained"),
+    [
+        ([0.3, 0.4, 0.2], 1, 2),  # the third would have been the best
+        ([0.3, 0.2, 0.1], 1, 3),
+        ([0.3, 0.3, 0.1], 1, 2),  # as good is no better
+        ([0.3, 0.4, 0.2], 2, 3),
+        ([0.3, 0.4, 0.5], None, 3),
+    ],
+)
+def test_training_ends_when_patience_does(
+    dataset: PreparedDataset,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    ranks: list[float],
+    patience: int | None,
+    epochs_trained: int,
+) -> None:
+    config = tiny.experiment(dataset.url, str(tmp_path / "run"))
+    training = {**config.training.model_dump(), "patience": patience}
+    config = tiny.experiment(dataset.url, str(tmp_path / "run"), {"training": training})
+
+    def fit(watcher: Stages) -> Trainer:
+        trainer = tiny.build_trainer(config, dataset, watcher)
+        real_evaluate = trainer.evaluate
+
+        def evaluate(
+            span: Span, step: int, stage: str, protocol: Protocol | None = None
+        ) -> tuple[PartResult, int]:
+            result, step = real_evaluate(span, step, stage, protocol)
+            rank = ranks[len(trainer.validation)] if stage != "test" else 0.5
+            equal = np.full_like(result.normalized_rank, rank)
+            return dataclasses.replace(result, normalized_rank=equal), step
+
+        monkeypatch.setattr(trainer, "evaluate", evaluate)
+        best = trainer.fit(resume=True).best
+        assert best.validation_rank == pytest.approx(min(ranks[:epochs_trained]))
+        return trainer
+
+    stages = Stages()
+    fit(stages)
+    assert stages.epochs == list(range(1, epochs_trained + 1))
+    again = Stages()
+    fit(again)
+    assert again.epochs == [], "nor does it begin again"
+
+
 @pytest.mark.parametrize("log_every_steps", [1, 4, 100])
 @pytest.mark.parametrize("bad_step", [0, 6, 14])
 def test_a_loss_that_is_not_finite_stops_the_run(
