@@ -143,6 +143,8 @@ class ShardedTables:
         else:
             for group in self._vectors.fused_optimizer.param_groups:
                 group["lr"] = self._fused_share * learning_rate
+            # Only this hands the rate to the kernel; there is no gradient to clear.
+            self._vectors.fused_optimizer.zero_grad()
 
     @property
     def optimized(self) -> dict[str, nn.Parameter]:

@@ -22,6 +22,7 @@ from felrec_dist.errors import (
     ConfigError,
     FelrecError,
     RunStoppedError,
+    TrainingError,
 )
 from felrec_dist.evaluation.evaluator import Protocol as EvaluationProtocol
 from felrec_dist.evaluation.result import (
@@ -177,6 +178,15 @@ class Trainer:
                 self.validation.append(metrics)
                 log.evaluation("validation", global_step, metrics, k=config.evaluation.k)
                 rank = metrics["total"].normalized_rank
+                if not metrics["total"].num_served:
+                    raise TrainingError(
+                        "the model can serve no event of the validation part",
+                        where=self.dataset.url,
+                        got=f"{metrics['total'].num_events:,} events, 0 served",
+                        expected="some: the best epoch is the one with the best mean over them",
+                        remedy="prepare the data with other fractions, or choose a model that "
+                        "serves new users",
+                    )
                 if self.best is None or rank < self.best.validation_rank:
                     self.best = BestEpoch(epoch, rank)
                 self.save(
@@ -464,7 +474,9 @@ class Trainer:
         with _content_errors(checkpoint):
             # A run goes on only as it began: what changes the model must not change on the way.
             _check_equal(
-                checkpoint, self.config, ("model", "training", "data.batch_size", "cache.storage")
+                checkpoint,
+                self.config,
+                ("model", "training", "tables", "data.batch_size", "cache.storage"),
             )
             self.recommender.load(checkpoint)
         self._chain = None
@@ -591,6 +603,9 @@ def _check_equal(checkpoint: Checkpoint, config: ExperimentConfig, paths: Sequen
         now: Any = mine
         for key in path.split("."):
             then, now = then[key], now[key]
+        if path == "training":
+            # When to end is no part of what is trained.
+            then, now = ({k: v for k, v in d.items() if k != "patience"} for d in (then, now))
         if then != now:
             raise CheckpointError(
                 f"the checkpoint was made with another {path}",
@@ -604,6 +619,9 @@ def _difference(then: Any, now: Any, path: str = "") -> str:
     """Returns the first leaf that differs."""
     if isinstance(then, dict) and isinstance(now, dict):
         for key in sorted(then.keys() | now.keys()):
-            if then.get(key) != now.get(key):
-                return _difference(then.get(key), now.get(key), f"{path}.{key}" if path else key)
+            here = f"{path}.{key}" if path else key
+            if key not in then or key not in now:
+                return f"{here} only in the {'config' if key in now else 'checkpoint'}"
+            if then[key] != now[key]:
+                return _difference(then[key], now[key], here)
     return f"{path} {then!r} in the checkpoint, {now!r} in the config".strip()

@@ -57,6 +57,11 @@ def loss_of(rows: dict[str, Tensor]) -> Tensor:
     return (rows["item"].sum(dim=1) * rows["user"]).sum(dim=1).sin().mean()
 
 
+def rate_of(step: int) -> float:
+    """A schedule: the rate of every step is another."""
+    return LR / (1 + step)
+
+
 def build_optimizer(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=LR, momentum=0.9, weight_decay=0.1)
 
@@ -71,11 +76,12 @@ def run_steps(tables: Any, optimizer: torch.optim.Optimizer | None, steps: range
     world = tables.world
     mine = slice(*slice_bounds(EVENTS, world.rank, world.world_size))
     for step in steps:
-        tables.prepare(LR)
+        tables.prepare(rate_of(step))
         rows = tables.lookup({name: ids[mine] for name, ids in ids_of(step).items()})
         loss_of(rows).backward()
         if optimizer is not None:
             nn.utils.clip_grad_value_(tables.optimized.values(), CLIP)
+            optimizer.param_groups[0]["lr"] = rate_of(step)
             optimizer.step()
 
 
@@ -155,6 +161,7 @@ def expected(number: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     squares = {name: torch.zeros(rows) for name, rows in ROWS.items()}
     for step in range(STEPS + 2):
         optimizer.zero_grad()
+        optimizer.param_groups[0]["lr"] = rate_of(step)
         loss_of({name: tables[name][ids] for name, ids in ids_of(step).items()}).backward()
         if number == 0:
             nn.utils.clip_grad_value_(tables.values(), CLIP)
@@ -163,7 +170,7 @@ def expected(number: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
                 gradient = parameter.grad
                 assert gradient is not None
                 squares[name] += gradient.square().mean(dim=1)
-                parameter.data -= LR * gradient / (squares[name].sqrt() + 1e-8)[:, None]
+                parameter.data -= rate_of(step) * gradient / (squares[name].sqrt() + 1e-8)[:, None]
         else:
             optimizer.step()
         if step in (STEPS - 1, STEPS + 1):
