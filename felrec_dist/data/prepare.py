@@ -48,7 +48,7 @@ from felrec_dist.data.sources import (
     load,
     name_row,
 )
-from felrec_dist.data.stages import Stages, Workplace, connect
+from felrec_dist.data.stages import DESCRIBE, Stages, Workplace, connect
 from felrec_dist.data.stream import EventStream
 from felrec_dist.data.target import Target
 from felrec_dist.data.writer import SIDES, Base, SortedTables, Writer, content_digest
@@ -64,7 +64,7 @@ from felrec_dist.storage import json_sha256
 PART_EVENTS = 1_000_000
 ROW_GROUP_EVENTS = 131_072
 FRACTION = Decimal("0.1")
-_DESCRIBE = "describe"
+_PUBLISH = "publish"
 Engine = Literal["duckdb", "ray"]
 Fraction = float | str | Decimal
 
@@ -129,10 +129,10 @@ def prepare(
     job = _Job(source, files, name, settings, target, workplace, progress or _silent)
 
     def publish(stages: Stages | None) -> None:
-        if stages is None or stages.facts("publish") is None:
-            target.check_free(overwrite)
-            if stages is not None:
-                stages.record("publish", {})
+        is_begun = stages is not None and stages.facts(_PUBLISH) is not None
+        target.check_free(overwrite, unfinished=workplace.building if is_begun else None)
+        if stages is not None:
+            stages.record(_PUBLISH, {})
         target.publish(workplace.building, job.progress)
 
     job.run(lambda: Base.of_nothing(), {}, publish)
@@ -209,8 +209,16 @@ def append(
             )
         target.add(workplace.building, job.progress)
 
-    job.run(base, manifest, publish)
     number = len(manifest.get("appends", ()))
+    appended = workplace.published(before)
+    if appended is not None and number:
+        # Killed when only files of before were left to remove.
+        with workplace.held():
+            target.remove(catalogue_file(side, number - 1) for side in SIDES)
+            workplace.discard()
+        if appended == _versions(files):
+            return PreparedDataset.open(out, storage_options)
+    job.run(base, manifest, publish)
     target.remove(catalogue_file(side, number) for side in SIDES)
     return PreparedDataset.open(out, storage_options)
 
@@ -254,13 +262,17 @@ def _key(
     """What the content of the folders of a preparation depends on: not on how much room it gets."""
     return {
         "source": source.settings(),
-        "files": [(str(file), file.version) for file in files],
+        "files": _versions(files),
         "fractions": [str(fraction) for fraction in settings.fractions],
         "part_events": settings.part_events,
         "row_group_events": settings.row_group_events,
         "engine": settings.engine,
         **facts,
     }
+
+
+def _versions(files: Sequence[RawFile]) -> list[list[Any]]:
+    return [[str(file), file.version] for file in files]
 
 
 @dataclass(frozen=True)
@@ -286,35 +298,37 @@ class _Job:
         Args:
             base: opens what new events go behind.
             before: its dataset.json, empty if there is none.
-            publish: puts the finished folder in its place.
+            publish: puts the finished folder in its place. What was built is kept if it fails.
         """
         with self.workplace.held():
             self.target.recover()
+            is_built = False
             try:
                 with self._errors():
                     if self.settings.engine == "ray":
-                        self._run_on_ray(publish)
-                    else:
-                        self._run_on_duckdb(base, before, publish)
+                        self._run_on_ray()
+                        is_built = True
+                        publish(None)
+                    elif (stages := self._run_on_duckdb(base, before)) is not None:
+                        is_built = True
+                        publish(stages)
             except BaseException as error:
-                is_wrong_input = isinstance(error, RawDataError | DatasetError)
+                is_wrong_input = isinstance(error, RawDataError | DatasetError) and not is_built
                 if is_wrong_input or not self.workplace.is_begun:
                     self.workplace.discard()
                 raise
             self.workplace.discard()
 
     def _run_on_duckdb(
-        self,
-        open_base: Callable[[], Base],
-        before: Mapping[str, Any],
-        publish: Callable[[Stages | None], None],
-    ) -> None:
+        self, open_base: Callable[[], Base], before: Mapping[str, Any]
+    ) -> Stages | None:
+        """Returns None if the data set is in its place already."""
         work = self.workplace.work
         with connect(self.workplace.database, str(work), self.settings.memory_bytes) as connection:
             stages = Stages(connection, self.workplace, self.settings.temp_bytes)
-            described = stages.facts(_DESCRIBE)
+            described = stages.facts(DESCRIBE)
             if described is not None and self.target.holds(described["sha256"]):
-                return  # it was killed after its last step
+                return None  # it was killed after its last step
             base = open_base()
 
             def read() -> dict[str, Any]:
@@ -335,9 +349,9 @@ class _Job:
             ) as tables:
                 tables.sort()
                 self._write(stages.run, tables, base, split, raw, facts["source"], before)
-            publish(stages)
+            return stages
 
-    def _run_on_ray(self, publish: Callable[[Stages | None], None]) -> None:
+    def _run_on_ray(self) -> None:
         try:
             from felrec_dist.data import ray_arrange
         except ImportError as error:
@@ -358,7 +372,6 @@ class _Job:
             tables = ray_arrange.RayArrangement(found, split, self.progress)
             tables.sort()
             self._write(_at_once, tables, Base.of_nothing(), split, found.table, description, {})
-        publish(None)
 
     def _write(
         self,
@@ -432,9 +445,13 @@ class _Job:
             text = json.dumps(manifest, indent=1, sort_keys=True) + "\n"
             (building / MANIFEST).write_text(text)
             file = {"path": MANIFEST, "bytes": len(text.encode())}
-            return {"files": [file], "sha256": manifest["sha256"]}
+            return {
+                "files": [file],
+                "sha256": manifest["sha256"],
+                "raw_files": _versions(self.files),
+            }
 
-        run(_DESCRIBE, describe)
+        run(DESCRIBE, describe)
 
     def _describe(self, before: Mapping[str, Any]) -> dict[str, Any]:
         """The source for dataset.json; raises RawDataError if one of its files is there already."""

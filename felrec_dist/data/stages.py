@@ -25,6 +25,9 @@ import duckdb
 from felrec_dist.errors import ConfigError, DatasetError, storage_errors
 from felrec_dist.storage import json_sha256
 
+DESCRIBE = "describe"
+"""The last stage before a data set is put in its place: ``sha256`` of its dataset.json, and
+``raw_files``."""
 _BYTES_PER_THREAD = 128_000_000  # below, DuckDB's operators run out of pinned blocks
 
 
@@ -61,6 +64,19 @@ class Workplace:
     def is_begun(self) -> bool:
         """There is a finished stage to go on after."""
         return self.database.exists() and self.list_of_stages.exists()
+
+    def published(self, sha256: str) -> list[Any] | None:
+        """The raw files of a preparation that was killed after its data set was in its place, None
+        if there was none.
+
+        Args:
+            sha256: of the data set's dataset.json.
+        """
+        for path in self.work.glob("*.json"):
+            described = json.loads(path.read_text()).get(DESCRIBE)
+            if described is not None and described["sha256"] == sha256:
+                return list(described["raw_files"])
+        return None
 
     @contextmanager
     def held(self) -> Iterator[None]:

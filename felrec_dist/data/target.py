@@ -37,12 +37,17 @@ class Target:
         self.root = root.rstrip("/")
         self.local: Path | None = Path(self.root) if isinstance(self.fs, LocalFileSystem) else None
 
-    def check_free(self, overwrite: bool) -> None:
-        """Raise unless nothing is there, or a prepared data set that may be overwritten."""
+    def check_free(self, overwrite: bool, unfinished: Path | None = None) -> None:
+        """Raise unless nothing is there, or a prepared data set that may be overwritten.
+
+        Args:
+            unfinished: a folder that this preparation was uploading when it was cut off: some of
+                its files may be there.
+        """
         with storage_errors("The output folder cannot be looked into.", self.out):
             entries = self._entries()
-        if not entries:
-            return
+            if not entries or (unfinished is not None and self._is_part_of(unfinished)):
+                return
         is_prepared = MANIFEST in entries and entries <= {
             MANIFEST,
             "events",
@@ -125,6 +130,13 @@ class Target:
         except (ValueError, RecursionError):
             return {}
         return manifest if isinstance(manifest, dict) else {}
+
+    def _is_part_of(self, building: Path) -> bool:
+        """Whether all that is there are files of a data set that is not whole."""
+        if self.local is not None:
+            return False  # a rename is whole
+        found = {path.removeprefix(self.root).lstrip("/") for path in self.fs.find(self.root)}
+        return MANIFEST not in found and found <= set(_files(building))
 
     def _entries(self) -> set[str]:
         self.fs.invalidate_cache()

@@ -15,10 +15,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from felrec_dist.data.dataset import PreparedDataset, Span
+from felrec_dist.data.dataset import PreparedDataset, Span, catalogue_file
 from felrec_dist.data.histories import HistoryReader
 from felrec_dist.data.prepare import append, prepare
 from felrec_dist.data.sources import RawSource
+from felrec_dist.data.stages import Workplace
 from felrec_dist.data.stream import EventStream
 from felrec_dist.errors import ConfigError, DatasetError, RawDataError, StorageError
 from felrec_dist.storage import json_sha256
@@ -245,6 +246,38 @@ def test_a_killed_append_leaves_the_old_data_set_and_goes_on(
     (tmp_path / "whole").mkdir()
     assert_same_content(found, prepare_rows(rows, tmp_path / "whole"))
     assert entries(tmp_path) == ["more-0.parquet", "out", "raw.parquet", "whole"]
+
+
+def test_an_append_that_was_killed_at_its_very_end_is_finished_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = in_order(some_rows(160))
+    prepare_rows(rows[:100], tmp_path)
+
+    def killed(self: Workplace) -> None:
+        raise _Killed
+
+    sources = [
+        write_parquet(rows[stop - 30 : stop], tmp_path / f"more-{number}.parquet")
+        for number, stop in enumerate((130, 160))
+    ]
+    for source in sources:
+        with monkeypatch.context() as patch:
+            patch.setattr(Workplace, "discard", killed)
+            with pytest.raises(_Killed):
+                append(source, tmp_path / "out", **SMALL)
+        if source is sources[0]:
+            append(source, tmp_path / "out", **SMALL)
+    # Another append cleans up after the second, and is judged as ever.
+    with pytest.raises(RawDataError, match="in the data set already"):
+        append(sources[0], tmp_path / "out", **SMALL)
+    found = PreparedDataset.open(tmp_path / "out")
+    (tmp_path / "whole").mkdir()
+    assert_same_content(found, prepare_rows(rows, tmp_path / "whole"))
+    left = {path.name for path in (tmp_path / "out/catalogue").iterdir()}
+    assert left == {Path(catalogue_file(side, 2)).name for side in ("user", "item")}
+    names = ["more-0.parquet", "more-1.parquet", "out", "raw.parquet", "whole"]
+    assert entries(tmp_path) == names
 
 
 def test_a_data_set_that_changed_meanwhile_is_left_alone(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from felrec_dist.data.dataset import PreparedDataset
 from felrec_dist.data.prepare import prepare
 from felrec_dist.data.sources import RawSource
 from felrec_dist.data.stages import Stages
+from felrec_dist.data.target import Target
 from felrec_dist.errors import ConfigError, DatasetError, StorageError
 from tests.data.oracle import some_rows, write_parquet
 from tests.data.test_prepare import assert_equals_oracle, entries, files_of
@@ -97,6 +98,30 @@ def test_it_goes_on_after_the_last_finished_stage(
     prepare(source, tmp_path / "whole/out", **SMALL)
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole/out")
     assert_equals_oracle(dataset, ROWS, history_length=4)
+
+
+def test_what_was_put_there_meanwhile_is_left_alone(
+    tmp_path: Path, ran: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_parquet(ROWS, tmp_path / "raw.parquet")
+
+    def killed(self: Target, building: Path, progress: object) -> None:
+        raise _Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Target, "publish", killed)
+        with pytest.raises(_Killed):
+            prepare(source, tmp_path / "out", **SMALL)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/thesis.txt").write_text("years of work")
+    with pytest.raises(DatasetError, match=r"is taken(.|\n)*thesis\.txt"):
+        prepare(source, tmp_path / "out", overwrite=True, **SMALL)
+    (tmp_path / "out/thesis.txt").rename(tmp_path / "thesis.txt")
+    (tmp_path / "out").rmdir()
+    ran.clear()
+    prepare(source, tmp_path / "out", **SMALL).verify()
+    assert ran == [], "what was built is kept"
+    assert entries(tmp_path) == ["out", "raw.parquet", "thesis.txt"]
 
 
 @pytest.mark.parametrize("change", ["source", "setting", "files"])
