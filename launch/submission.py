@@ -190,7 +190,7 @@ class Cluster:
         """
         numbered = re.compile(rf"{re.escape(submission.name)}-(\d+)")
         last = 0
-        for job in self._ask("list_jobs"):
+        for job in self._answer("list_jobs"):
             match = numbered.fullmatch(job.submission_id or "")
             if match is None:
                 continue
@@ -222,6 +222,14 @@ class Cluster:
             raise ConfigError(
                 "the cluster does not take the job", where=self.address, got=error
             ) from error
+        except OSError as error:  # no connection, or no answer in time
+            raise ConfigError(
+                "nobody knows whether the cluster has taken the job",
+                where=f"{self.address}, job {submission_id}",
+                got=f"{type(error).__name__}: {error}",
+                remedy="look with ray job list; submitted again, it is refused while the first "
+                "goes on",
+            ) from error
         return submission_id
 
     def tail(self, submission_id: str, chunks: Queue[str | None]) -> None:
@@ -249,10 +257,21 @@ class Cluster:
 
     def stop(self, submission_id: str) -> None:
         """Asks a job to end: its driver gets SIGTERM, and takes a checkpoint."""
-        self._ask("stop_job", job_id=submission_id)
+        self._answer("stop_job", job_id=submission_id)
 
     def _ask(self, method: str, *, limit_s: float = REQUEST_TIMEOUT_S, **arguments: Any) -> Any:
         return _within(limit_s, lambda: getattr(self._client, method)(**arguments))
+
+    def _answer(self, method: str, **arguments: Any) -> Any:
+        try:
+            return self._ask(method, **arguments)
+        except (OSError, RuntimeError) as error:  # Ray's and requests' errors are among them
+            raise ConfigError(
+                "the cluster does not answer",
+                where=self.address,
+                got=f"{method}: {type(error).__name__}: {error}",
+                remedy="look at the cluster's head, and try again",
+            ) from error
 
     def _is_going_on(self, submission: Submission, submission_id: str) -> ConfigError:
         return ConfigError(
@@ -295,8 +314,10 @@ class Follower:
             WorkerFailedError: the job ended, and Ray knows no exit code of its command.
         """
         while True:
-            job = self._follow_connection() or self._ask_job()
+            job = self._follow_connection() or self._ask(self._cluster.job)
             if job.status.is_terminal():
+                # What a connection that broke, or says nothing, has not brought.
+                self._pass_on(self._ask(self._cluster.printed)[self._num_written :])
                 return self._exit_code(job)
             time.sleep(POLL_S)
 
@@ -312,12 +333,9 @@ class Follower:
             try:
                 chunk = chunks.get(timeout=POLL_S)
             except Empty:
-                job = self._ask_job()
+                job = self._ask(self._cluster.job)
                 if not job.status.is_terminal():
                     continue
-                # A connection that says nothing may be dead; one that is slow ends soon.
-                rest = self._cluster.printed(self._id)[self._num_written :]
-                self._pass_on(rest)
                 return job
             if chunk is None:
                 return None
@@ -328,11 +346,11 @@ class Follower:
         self._write(text)
         self._num_written += len(text)
 
-    def _ask_job(self) -> Any:
+    def _ask(self, question: Callable[[str], _T]) -> _T:
         deadline = time.monotonic() + self._lost_timeout_s
         while True:
             try:
-                return self._cluster.job(self._id)
+                return question(self._id)
             except Exception as error:  # of HTTP and of Ray
                 if time.monotonic() >= deadline:
                     raise ConfigError(

@@ -86,6 +86,10 @@ class Dashboard:
         [job] = [job for job in self.jobs if job.submission_id == job_id]
         return job
 
+    def get_job_logs(self, job_id: str) -> str:
+        self.get_job_info(job_id)
+        return "".join(piece for piece in self._prints if isinstance(piece, str))
+
     def stop_job(self, job_id: str) -> bool:
         self.stopped.append(job_id)
         return True
@@ -289,6 +293,49 @@ def test_a_connection_that_breaks_loses_and_repeats_no_line(
     dashboard.silent = 2
     assert follower.wait() == 0
     assert "".join(written) == "abcdefgh"
+
+
+def test_the_end_of_a_job_that_ended_while_the_connection_was_lost_is_shown(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dashboard = Dashboard(["ab", OSError("gone"), "cd"], (JobStatus.FAILED, 7))
+    cluster = connected(dashboard, monkeypatch)
+    written: list[str] = []
+
+    def write(text: str) -> None:
+        written.append(text)
+        dashboard.end()
+
+    dashboard.silent = 2
+    assert Follower(cluster, cluster.submit(prepared()), write).wait() == 7
+    assert "".join(written) == "abcd"
+
+
+@pytest.mark.parametrize("error", [TimeoutError("no answer within 600 s"), ConnectionError("gone")])
+def test_an_upload_that_gets_no_answer_may_have_arrived(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    dashboard = Dashboard()
+    dashboard.refuses = error
+    with pytest.raises(ConfigError, match=rf"nobody knows(?s:.*)-1(?s:.*){error}"):
+        connected(dashboard, monkeypatch).submit(prepared())
+
+
+@pytest.mark.parametrize("error", [RuntimeError("code 500"), ConnectionError("gone")])
+def test_a_dashboard_that_fails_is_named(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    dashboard = Dashboard()
+    cluster = connected(dashboard, monkeypatch)
+
+    def fails(**arguments: object) -> None:
+        raise error
+
+    monkeypatch.setattr(dashboard, "list_jobs", fails)
+    monkeypatch.setattr(dashboard, "stop_job", fails)
+    for ask in (lambda: cluster.submit(prepared()), lambda: cluster.stop("x")):
+        with pytest.raises(ConfigError, match=rf"does not answer(?s:.*)http(?s:.*){error}"):
+            ask()
 
 
 def test_a_cluster_that_stays_away_ends_the_wait(
