@@ -120,7 +120,7 @@ class _Conductor:
         jobs = [job for job in (run, *self.whole.tests_of(run)) if job.name in self.names]
         failed: list[str] = []
         for job in jobs:
-            if self.should_stop():
+            if self.should_stop() or self._ends_now.is_set():
                 break
             if failed[:1] == [run.name] or not self._do(job):
                 failed.append(job.name)

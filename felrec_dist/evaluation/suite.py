@@ -23,7 +23,8 @@ from felrec_dist.config import (
     load_config,
     read_yaml,
 )
-from felrec_dist.errors import ConfigError, storage_errors
+from felrec_dist.data.dataset import file_system, read_manifest
+from felrec_dist.errors import ConfigError, DatasetError, FelrecError, storage_errors
 from felrec_dist.evaluation.compare import (
     Comparison,
     ReportedRun,
@@ -89,6 +90,8 @@ class SuiteConfig(Section):
             if not name or name.startswith(".") or "/" in name or name == LOGS:
                 raise ValueError(f"{name!r} names a folder: not {LOGS}, no slash, no dot in front")
         for name, test in self.tests.items():
+            if any(option.startswith("--protocol") for option in test.options):
+                raise ValueError(f"tests.{name}.options: the protocol is evaluation.protocol")
             if test.of not in self.runs:
                 raise ValueError(f"tests.{name}.of: there is no run {test.of}")
         for table in self.tables:
@@ -150,7 +153,9 @@ class Job:
         where = ["--local"] if local else []
         if self.of is None:
             return ["train", self.config_url, *self.overrides, *where]
-        checkpoint = ["--checkpoint", self.of.report.checkpoint_url]
+        # By its name: the suite's folder may have been moved since.
+        name = self.of.report.checkpoint_url.rstrip("/").rpartition("/")[2]
+        checkpoint = ["--checkpoint", f"{self.of.url}/checkpoints/{name}"]
         return ["evaluate", self.config_url, *self.overrides, *checkpoint, *self.options, *where]
 
     def is_done(self) -> bool:
@@ -158,13 +163,33 @@ class Job:
 
         Raises:
             StorageError: the note cannot be read.
+            ConfigError: it is a run, and its note says something else: its checkpoints do, too.
         """
         url = f"{self.url}/{NOTE}"
         with storage_errors("The note of a suite cannot be read.", url):
             fs, path = fsspec.core.url_to_fs(url)
             if not exists(fs, path):
                 return False
-            return bool(json.loads(fs.cat_file(path)).get("digest") == self.digest)
+            note = json.loads(fs.cat_file(path))
+        dataset = self._dataset_digest()
+        if note["digest"] == self.digest and dataset in (note["dataset"], None):
+            return True
+        if self.of is None:
+            raise ConfigError(
+                "what a finished run was made with has changed since",
+                where=self.url,
+                got="another config or another data set",
+                remedy="remove this folder to train it anew, or give the suite another out",
+            )
+        return False
+
+    def _dataset_digest(self) -> str | None:
+        """Of the data set as it is now; None if it is not there any more."""
+        url = self.experiment.data.url
+        try:
+            return str(read_manifest(*file_system(url, {}), url)["digest"])
+        except DatasetError:
+            return None
 
     def leave_note(self, seconds: float) -> None:
         """Counts it as done.
@@ -172,7 +197,8 @@ class Job:
         Args:
             seconds: how long it took, or what was left of it.
         """
-        write_json(f"{self.url}/{NOTE}", {"digest": self.digest, "seconds": seconds})
+        note = {"digest": self.digest, "dataset": self._dataset_digest(), "seconds": seconds}
+        write_json(f"{self.url}/{NOTE}", note)
 
 
 @dataclass(frozen=True)
@@ -276,8 +302,13 @@ def write_tables(suite: Suite) -> list[str]:
         StorageError: a file cannot be written.
     """
     texts, pages, values = [], [], []
+    first_error = None
     for table in suite.config.tables:
-        comparison, missing = suite.comparison(table)
+        try:
+            comparison, missing = suite.comparison(table)
+        except FelrecError as error:  # the other tables are written all the same
+            first_error = first_error or error
+            continue
         note = f"Not done: {', '.join(missing)}." if missing else ""
         if comparison is None:
             texts.append(f"{table.title}: nothing is done\n")
@@ -294,4 +325,6 @@ def write_tables(suite: Suite) -> list[str]:
         write_whole(f"{suite.out}/tables.md", text.encode(), "the tables cannot be written")
         write_json(f"{suite.out}/tables.json", {"tables": values})
         texts.append(f"{suite.out}/tables.md, .json")
+    if first_error is not None:
+        raise first_error
     return texts

@@ -68,7 +68,7 @@ def test_commands_are_those_of_a_person(tmp_path: Path, suite: Suite) -> None:
     assert load_config(run[1], run[2:-1]) == suite.jobs["a"].experiment
     test = suite.jobs["a_training"].command(local=False)
     assert test[0] == "evaluate"
-    assert test[-2:] == ["--checkpoint", "runs/x/checkpoints/epoch-0002"]
+    assert test[-2:] == ["--checkpoint", f"{tmp_path}/out/a/checkpoints/epoch-0002"]
     assert load_config(test[1], test[2:-2]) == suite.jobs["a_training"].experiment
 
 
@@ -80,15 +80,42 @@ def test_a_job_is_done_until_what_it_follows_from_changes(tmp_path: Path, suite:
     value = tree(tmp_path)
     value["runs"]["a"]["overrides"]["training.seed"] = 88
     changed = load_suite(write(tmp_path, value))
-    assert {name: job.is_done() for name, job in changed.jobs.items()} == {
-        "a": False,
-        "a_training": False,
-        "b": True,
-    }
+    assert changed.jobs["b"].is_done()
+    assert not changed.jobs["a_training"].is_done(), "it is of another run"
+    with pytest.raises(ConfigError, match=r"has changed since(?s:.*)remove this folder"):
+        changed.jobs["a"].is_done()
     value = tree(tmp_path)
-    value["tests"]["a_training"]["options"] = ["--protocol", "released"]
+    value["tests"]["a_training"]["options"] = ["--some-switch"]
     changed = load_suite(write(tmp_path, value))
     assert [name for name, job in changed.jobs.items() if not job.is_done()] == ["a_training"]
+
+
+def test_a_run_on_data_that_were_prepared_anew_is_not_done(tmp_path: Path) -> None:
+    tiny.prepare_events(tmp_path)
+    job = load_suite(write(tmp_path, tree(tmp_path))).jobs["b"]
+    job.leave_note(1.0)
+    assert job.is_done()
+    (tmp_path / "data").rename(tmp_path / "old")
+    assert job.is_done(), "data may be gone"
+    tiny.prepare_events(tmp_path, seed=1)
+    with pytest.raises(ConfigError, match="another data set"):
+        job.is_done()
+
+
+def test_one_table_that_cannot_be_holds_up_no_other(tmp_path: Path, suite: Suite) -> None:
+    value = tree(tmp_path)
+    value["tables"].insert(0, {"title": "No", "rows": {"B": "b", "A": "a"}})
+    value["tables"][1]["rows"] = {"B": "b"}
+    suite = load_suite(write(tmp_path, value))
+    for name, digest in (("a", "0"), ("b", "1")):
+        write_report(
+            suite.jobs[name].url,
+            report("felrec-q", 0.3, 0.2, None, 0.25, dataset_digest=digest),
+        )
+        suite.jobs[name].leave_note(1.0)
+    with pytest.raises(ConfigError, match="do not compare"):
+        write_tables(suite)
+    assert (tmp_path / "out/tables.md").read_text().startswith("## Both")
 
 
 def test_tables_hold_what_is_done(tmp_path: Path, suite: Suite) -> None:
@@ -133,6 +160,7 @@ def test_a_test_costs_what_its_run_did(tmp_path: Path) -> None:
         ("runs.a/b", {"config": "tiny.yaml"}, "no slash"),
         ("runs.logs", {"config": "tiny.yaml"}, "not logs"),
         ("runs.a_training", {"config": "tiny.yaml"}, "of a run and of a test"),
+        ("tests.a_training.options", ["--protocol", "released"], "the protocol is"),
         ("tests.c", {"of": "a_training"}, "there is no run a_training"),
         ("tables", [{"title": "T", "rows": {"A": "c"}}], "there is no run or test c"),
         ("tables", [{"title": "T", "rows": {"A": "a"}, "metrics": ["auc"]}], "auc is not one"),
