@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -188,7 +189,7 @@ def prepare(
             if layout == "auto"
             else RawSource.from_name(layout, paths[0])
         )
-    with _stages() as report:
+    with _stages() as report, _cluster_of(engine):
         if append:
             dataset = append_events(
                 source,
@@ -395,6 +396,18 @@ def _print_report(
         )
     )
     typer.echo(f"{report_url(experiment.run.url, protocol)}.json, .parquet")
+
+
+@contextmanager
+def _cluster_of(engine: Literal["duckdb", "ray"]) -> Iterator[None]:
+    """Joins the cluster of RAY_ADDRESS to prepare on, and says so at once if nobody answers."""
+    if engine == "ray" and os.environ.get("RAY_ADDRESS"):
+        from launch.on_ray import joined_ray
+
+        with joined_ray():
+            yield
+    else:
+        yield
 
 
 def _check_append(*, name: str | None, overwrite: bool, engine: str) -> None:

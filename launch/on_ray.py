@@ -236,7 +236,7 @@ def running_cache(run_url: str) -> Iterator[CacheClient]:
     """
     url = absolute_url(run_url)
     name = cache_name(url)
-    with _joined_ray():
+    with joined_ray():
         if not is_alive(name, NAMESPACE):
             raise ConfigError(
                 "no run with a cache on Ray is going on in this folder",
@@ -312,7 +312,7 @@ def _ray() -> Iterator[bool]:
 
 
 @contextmanager
-def _joined_ray() -> Iterator[None]:
+def joined_ray() -> Iterator[None]:
     """Joins the cluster that RAY_ADDRESS names, or a Ray that runs on this machine."""
     if ray.is_initialized():
         yield

@@ -47,8 +47,16 @@ T = TypeVar("T")
 def cluster() -> Iterator[None]:
     """The Ray that is running, that of ``RAY_ADDRESS``, or one of this machine for this while."""
     is_ours = not ray.is_initialized()
-    if is_ours and os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=False, logging_level="warning")
+    if is_ours and (address := os.environ.get("RAY_ADDRESS")):
+        try:
+            ray.init(log_to_driver=False, logging_level="warning")
+        except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
+            raise ConfigError(
+                "The Ray cluster to prepare on cannot be joined.",
+                where=f"RAY_ADDRESS={address}",
+                got=f"{type(error).__name__}: {error}",
+                remedy="set RAY_ADDRESS to the cluster's head, or unset it to prepare here",
+            ) from error
     elif is_ours:
         # A local Ray would otherwise make an authentication token, which clusters then ask for.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")

@@ -1,7 +1,7 @@
 """One table of the tests of several runs: models by partition, as text, Markdown, LaTeX or JSON.
 
 Figures stand in one table only where they answer one question: the same events, ranked under one
-protocol among one set of candidates, with the same negatives. Other runs are refused.
+protocol among one set of candidates, with negatives drawn alike. Other runs are refused.
 """
 
 from __future__ import annotations

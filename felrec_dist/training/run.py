@@ -179,6 +179,14 @@ def _open(config: ExperimentConfig, world: World) -> PreparedDataset:
                 remedy=f"prepare it with a larger --{name}-fraction",
             )
     _check_some_are_served(config, dataset)
+    if config.evaluation.candidates == "training" and dataset.num_train_items < 2:
+        raise DatasetError(
+            "the training part has a single item: there is nothing to rank it against",
+            where=dataset.url,
+            got=f"{dataset.num_train_items} item",
+            expected="2 or more",
+            remedy="prepare it with other fractions",
+        )
     return dataset
 
 

@@ -238,6 +238,17 @@ def test_prepare_refuses_in_words(
     assert list(tmp_path.iterdir()) == [], "nothing half-written is left"
 
 
+def test_a_cluster_to_prepare_on_that_is_not_there(
+    felrec: Felrec, raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("ray")
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    settings = ("--timestamp-unit", "s", "--engine", "ray", "--out", tmp_path / "data")
+    ended = felrec("prepare", "parquet", raw, *COLUMNS, *settings)
+    assert_failed(ended, "ConfigError", "no Ray cluster answers", "127.0.0.1:1", "refused")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_append_gives_what_a_preparation_of_all_gives(
     felrec: Felrec, raw: Path, tmp_path: Path
 ) -> None:

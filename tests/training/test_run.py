@@ -346,6 +346,7 @@ def test_resuming_a_run_that_has_not_begun_begins_it(
         ),
         ("training", "seed", 5, r"another training\n.*\n  got: seed 0 in the checkpoint, 5 in"),
         ("training", "optimizer", "adam", r"another training\n.*\n  got: optimizer 'sgd' in"),
+        ("tables", "fused_lr", 0.5, r"another tables\n.*\n  got: fused_lr"),
         ("data", "batch_size", 8, r"another data\.batch_size\n.*\n  got: 16 in the check.*, 8 in"),
         ("cache", "storage", "float16", r"another cache\.storage\n.*\n  got: 'float32' in the"),
         (
@@ -404,7 +405,11 @@ def test_what_does_not_change_the_model_may_change(
     other = tiny.experiment(
         dataset.url,
         run_url,
-        {"cache": {"num_shards": 5, "block_rows": 32}, "run": {"log_every_steps": 1}},
+        {
+            "cache": {"num_shards": 5, "block_rows": 32},
+            "run": {"log_every_steps": 1},
+            "training": {**config.training.model_dump(), "patience": 5},
+        },
     )
     trainer = tiny.build_trainer(other, dataset)
     assert state_of(trainer, trainer.fit(resume=True)) == expected
@@ -431,6 +436,33 @@ def test_a_folder_with_checkpoints_is_not_begun_again(
     with pytest.raises(CheckpointError, match=r"already holds checkpoints(.*\n)*.*--no-resume"):
         tiny.build_trainer(other, dataset).fit()
     assert load_config(str(tmp_path / "run" / "config.yaml")) == config, "it was left alone"
+
+
+def test_a_setting_that_a_checkpoint_does_not_know_is_named(
+    dataset: PreparedDataset, tmp_path: Path
+) -> None:
+    trainer = tiny.build_trainer(tiny.experiment(dataset.url, str(tmp_path / "run")), dataset)
+    checkpoint = read_checkpoint(trainer.fit().checkpoint_url)
+    del checkpoint.config["training"]["momentum"]
+    with pytest.raises(CheckpointError, match=r"got: momentum only in the config"):
+        trainer.restore(checkpoint, generation=None)
+
+
+def test_no_served_event_of_the_validation_is_an_error(
+    dataset: PreparedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = tiny.build_trainer(tiny.experiment(dataset.url, str(tmp_path / "run")), dataset)
+    real_evaluate = trainer.evaluate
+
+    def evaluate(
+        span: Span, step: int, stage: str, protocol: Protocol | None = None
+    ) -> tuple[PartResult, int]:
+        result, step = real_evaluate(span, step, stage, protocol)
+        return dataclasses.replace(result, is_served=np.zeros_like(result.is_served)), step
+
+    monkeypatch.setattr(trainer, "evaluate", evaluate)
+    with pytest.raises(TrainingError, match=r"can serve no event(.*\n)*  got: .* 0 served"):
+        trainer.fit()
 
 
 @pytest.mark.parametrize("best_epoch", [0, 1, 2])
