@@ -135,7 +135,7 @@ def _write_report(
     popular = most_popular(dataset, split.test, evaluation, batch_size=batch_size)
     recent = recently_popular(dataset, split.test, evaluation, batch_size=batch_size)
     chance = random_scores(popular, num_negatives=evaluation.num_negatives, k=evaluation.k)
-    model = f"{config.model.variant} ({evaluation.variant})".removesuffix(" ()")
+    model = f"{config.model_name} ({evaluation.variant})".removesuffix(" ()")
     report = TestReport(
         model=model,
         variant=evaluation.variant,

@@ -30,6 +30,7 @@ from felrec_dist.evaluation.result import (
     metrics_from_json,
     metrics_to_json,
 )
+from felrec_dist.model.felrec import ModelConfig
 from felrec_dist.storage import write_whole
 from felrec_dist.training.checkpoint import (
     CACHE_FOLDER,
@@ -614,6 +615,9 @@ def _check_equal(checkpoint: Checkpoint, config: ExperimentConfig, paths: Sequen
         now: Any = mine
         for key in path.split("."):
             then, now = then[key], now[key]
+        if path == "model" and isinstance(config.model, ModelConfig):
+            # A setting that is newer than the checkpoint had its default then.
+            then = ModelConfig().model_dump(mode="json") | then
         if then != now:
             raise CheckpointError(
                 f"the checkpoint was made with another {path}",
