@@ -181,7 +181,9 @@ class Trainer:
                 )
                 metrics = result.metrics()
                 self.validation.append(metrics)
-                log.evaluation("validation", global_step, metrics, k=config.evaluation.k)
+                k = config.evaluation.k
+                log.evaluation("validation", global_step, metrics, k=k)
+                log.occurrence("validation", global_step, result.occurrence(), k=k)
                 rank = metrics["total"].normalized_rank
                 if self.best is None or rank < self.best.validation_rank:
                     self.best = BestEpoch(epoch, rank)
@@ -208,9 +210,9 @@ class Trainer:
             assert self.best is not None
             checkpoint = read_checkpoint(self.store.epoch_url(self.best.epoch))
             test = self.test(checkpoint)
-            log.evaluation(
-                "test", num_epochs * self.steps_per_epoch, test.metrics(), k=config.evaluation.k
-            )
+            global_step, k = num_epochs * self.steps_per_epoch, config.evaluation.k
+            log.evaluation("test", global_step, test.metrics(), k=k)
+            log.occurrence("test", global_step, test.occurrence(), k=k)
         return RunResult(
             best=self.best,
             checkpoint_url=checkpoint.url,

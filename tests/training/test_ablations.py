@@ -64,13 +64,19 @@ def test_a_setting_newer_than_the_checkpoint_had_its_default(
     model = {key: value for key, value in checkpoint.config["model"].items() if key not in newer}
     old = replace(checkpoint, config={**checkpoint.config, "model": model})
     tiny.build_trainer(config, dataset).restore(old, generation=None)
-    ablation = {**one_epoch, "model": {**config.felrec.model_dump(), "projection": "shared"}}
+    ablation: dict[str, dict[str, Any]] = {
+        **one_epoch,
+        "model": {**config.felrec.model_dump(), "projection": "shared"},
+    }
     other = tiny.experiment(dataset.url, str(tmp_path / "run"), ablation)
     with pytest.raises(CheckpointError, match="projection 'separate' in the checkpoint, 'shared'"):
         tiny.build_trainer(other, dataset).restore(old, generation=None)
 
 
 def test_heads_that_are_not_there_are_not_used() -> None:
-    changes = {"model": {"projection": "none"}, "evaluation": {"use_heads": True}}
+    changes: dict[str, dict[str, Any]] = {
+        "model": {"projection": "none"},
+        "evaluation": {"use_heads": True},
+    }
     with pytest.raises(ConfigError, match="use_heads must be false: the model has no heads"):
         tiny.experiment("data", "run", changes)
