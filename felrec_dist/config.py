@@ -123,12 +123,24 @@ class ExperimentConfig(Section):
         assert isinstance(self.model, ModelConfig), self.model.variant
         return self.model
 
+    @property
+    def model_name(self) -> str:
+        """What the model is called in tables, with its ablations."""
+        model = self.model
+        return model.name if isinstance(model, ModelConfig) else model.variant
+
     def cache_tables(self) -> dict[str, TableSpec]:
         """Returns the cache's tables: what the model keeps of users and items."""
         return {
             name: TableSpec(width=width, storage=self.cache.storage)
             for name, width in self.model.cache_widths().items()
         }
+
+    @model_validator(mode="after")
+    def _heads_are_there(self) -> ExperimentConfig:
+        if self.evaluation.use_heads and self.model_name.startswith("felrec-q-NoMLP"):
+            raise ValueError("evaluation.use_heads must be false: the model has no heads")
+        return self
 
     @model_validator(mode="after")
     def _baseline_can_do_it(self) -> ExperimentConfig:
@@ -141,6 +153,12 @@ class ExperimentConfig(Section):
             )
         if self.evaluation.protocol != "causal":
             raise ValueError(f"evaluation.protocol must be causal: {variant} has no other")
+        evaluation = self.evaluation
+        if evaluation.cache != "validated" or evaluation.use_heads or evaluation.nearest_users:
+            raise ValueError(
+                "evaluation.cache, use_heads and nearest_users must be left alone: "
+                f"they are for FELRec, not for {variant}"
+            )
         if variant == "jodie" and self.cache.storage not in ("float32", "float64"):
             raise ValueError("cache.storage must be float32: jodie keeps times in its rows")
         if self.training.dtype != "float32" or self.training.autocast != "off":

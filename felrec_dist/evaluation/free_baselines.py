@@ -9,17 +9,17 @@ Shape legend: n events, I items of the catalogue.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 
 from felrec_dist.data.dataset import PreparedDataset, Span
 from felrec_dist.data.stream import EventBatch, EventStream
-from felrec_dist.evaluation.candidate_set import is_served, num_candidate_items
+from felrec_dist.evaluation.candidate_set import CandidateSet, CandidateSets, is_served
 from felrec_dist.evaluation.counts import RankCounts
 from felrec_dist.evaluation.evaluator import EvaluationConfig
-from felrec_dist.evaluation.negatives import batch_generator, draw_without_replacement
-from felrec_dist.evaluation.result import Metrics, PartResult, means_by_partition
+from felrec_dist.evaluation.result import PartResult, joined
 
 Int64s = npt.NDArray[np.int64]
 
@@ -102,62 +102,74 @@ def _rank(
     batches: Iterator[tuple[EventBatch, Int64s]],
 ) -> PartResult:
     """Ranks each batch's targets by the popularity that comes with it."""
-    num_seen = int(np.searchsorted(dataset.items.first_positions, span.start))
+    sets = CandidateSets(config, dataset, span)
     parts: list[RankCounts] = []
     done: list[EventBatch] = []
     for batch, popularity_I in batches:
-        num_candidates = num_candidate_items(config.candidates, dataset, num_seen)
-        ascending = np.sort(popularity_I[:num_candidates])
-        target = popularity_I[batch.item_index]
-        is_candidate = batch.item_index < num_candidates
-        not_above = np.searchsorted(ascending, target, side="right")
-        below = np.searchsorted(ascending, target, side="left")
-        negatives = draw_without_replacement(
-            batch_generator(config.seed, batch.first_position),
-            num_candidates,
-            batch.item_index,
-            config.num_negatives,
-        )
-        is_drawn = negatives >= 0
-        negative_popularity = popularity_I[np.maximum(negatives, 0)]
+        drawn = sets.draw(batch)
+        target_B = popularity_I[batch.item_index]
+        is_drawn_BM = drawn.negatives_BM >= 0
+        negative_BM = popularity_I[np.maximum(drawn.negatives_BM, 0)]
+        above_B, tied_B, num_candidates_B = _count(popularity_I, batch.item_index, drawn)
         parts.append(
             RankCounts(
-                above=num_candidates - not_above,
-                tied=not_above - below - is_candidate,
-                num_candidates=num_candidates + ~is_candidate,
-                negatives_above=(is_drawn & (negative_popularity > target[:, None])).sum(axis=1),
-                negatives_tied=(is_drawn & (negative_popularity == target[:, None])).sum(axis=1),
+                above=above_B,
+                tied=tied_B,
+                num_candidates=num_candidates_B,
+                negatives_above=(is_drawn_BM & (negative_BM > target_B[:, None])).sum(axis=1),
+                negatives_tied=(is_drawn_BM & (negative_BM == target_B[:, None])).sum(axis=1),
             )
         )
         done.append(batch)
-        num_seen = max(num_seen, int(batch.item_index.max()) + 1)
-    item_index = np.concatenate([batch.item_index for batch in done])
+        sets.add(batch)
     return PartResult.of(
         dataset,
-        event_id=np.concatenate([batch.event_id for batch in done]),
-        user_index=np.concatenate([batch.user_index for batch in done]),
-        item_index=item_index,
+        done,
         counts=RankCounts.concatenate(parts),
         k=config.k,
-        is_served=is_served(config.candidates, dataset, item_index),
+        is_served=is_served(config.candidates, dataset, joined(done, "item_index")),
     )
 
 
-def random_scores(like: PartResult, *, num_negatives: int, k: int) -> dict[str, Metrics]:
-    """Returns what random scores are expected to reach on the same events: no draw, no noise.
+def _count(
+    popularity_I: Int64s, targets_B: Int64s, drawn: CandidateSet
+) -> tuple[Int64s, Int64s, Int64s]:
+    """Returns (B,) each: candidates above the target, others equal to it, candidates in all."""
+    popularity_C = popularity_I[: drawn.num_items]
+    target_B = popularity_I[targets_B]
+    is_candidate_B = targets_B < drawn.num_items
+    if drawn.available is None:
+        ascending_C = np.sort(popularity_C)
+        not_above_B = np.searchsorted(ascending_C, target_B, side="right")
+        below_B = np.searchsorted(ascending_C, target_B, side="left")
+        above_B = drawn.num_items - not_above_B
+        return above_B, not_above_B - below_B - is_candidate_B, drawn.num_items + ~is_candidate_B
+    above_B, tied_B = np.empty_like(targets_B), np.empty_like(targets_B)
+    last_seen_C, earliest_B = drawn.available.last_seen_C, drawn.available.earliest_B
+    for event, (target, popularity) in enumerate(zip(targets_B, target_B, strict=True)):
+        is_available_C = last_seen_C >= earliest_B[event]
+        if target < drawn.num_items:
+            is_available_C[target] = False
+        above_B[event] = (popularity_C[is_available_C] > popularity).sum()
+        tied_B[event] = (popularity_C[is_available_C] == popularity).sum()
+    return above_B, tied_B, drawn.available.num_candidates_B
 
-    Every rank from 1 to C, the number of an event's candidates, is equally likely.
+
+def random_scores(like: PartResult, *, num_negatives: int, k: int) -> PartResult:
+    """Returns what random scores are expected to reach on each of the same events.
+
+    No draw, no noise: every rank from 1 to C, the number of an event's candidates, is equally
+    likely. The counts are those of ``like`` and mean nothing here.
     """
     num_candidates_n = like.counts.num_candidates
     num_drawn_n = np.minimum(num_negatives, num_candidates_n - 1)
     ranks = np.arange(1, num_candidates_n.max(initial=0) + 1)
     gains = np.where(ranks <= k, 1.0 / np.log2(1.0 + ranks), 0.0)
-    return means_by_partition(
-        like.partition,
-        like.is_served,
+    return replace(
+        like,
         normalized_rank=np.where(num_candidates_n > 1, 0.5, 0.0),
-        hit_rate=np.minimum(1.0, k / (num_drawn_n + 1)),
-        mrr=np.cumsum(1.0 / ranks)[num_candidates_n - 1] / num_candidates_n,
+        is_hit=np.minimum(1.0, k / (num_drawn_n + 1)),
+        reciprocal_rank=np.cumsum(1.0 / ranks)[num_candidates_n - 1] / num_candidates_n,
         ndcg=np.cumsum(gains)[num_candidates_n - 1] / num_candidates_n,
-        full_hit_rate=np.minimum(1.0, k / num_candidates_n),
+        is_full_hit=np.minimum(1.0, k / num_candidates_n),
     )

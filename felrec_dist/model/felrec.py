@@ -16,7 +16,7 @@ from typing import Literal, cast
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -46,6 +46,33 @@ class ModelConfig(Section):
     absent_row: Literal["zero", "identity"] = Field(
         "zero", description="what an id reads as that the cache has never seen"
     )
+    head_norm: Literal["batch", "layer"] = Field(
+        "batch", description="normalisation in the heads; layer is the paper's ablation LN"
+    )
+    projection: Literal["separate", "shared", "none"] = Field(
+        "separate",
+        description="of users and items; the paper's ablations shareMLP (shared) and NoMLP (none)",
+    )
+    type_embedding: bool = Field(
+        True, description="of the ids in a history; without is the paper's ablation NoType"
+    )
+
+    @model_validator(mode="after")
+    def _has_what_is_normalised(self) -> ModelConfig:
+        if (self.variant, self.projection, self.head_norm) == ("felrec-q", "none", "layer"):
+            raise ValueError("head_norm must be batch: felrec-q without projection has no heads")
+        return self
+
+    @property
+    def name(self) -> str:
+        """The variant and its ablations, in the paper's words."""
+        ablations = {
+            "LN": self.head_norm == "layer",
+            "NoMLP": self.projection == "none",
+            "shareMLP": self.projection == "shared",
+            "NoType": not self.type_embedding,
+        }
+        return "-".join([self.variant, *(name for name, is_on in ablations.items() if is_on)])
 
     def cache_widths(self) -> dict[str, int]:
         """Returns the width of the rows kept of each side."""
@@ -112,8 +139,30 @@ class FELRec(nn.Module):
         width = config.encoder.width
         self.encoder = HistoryEncoder(config.encoder)
         # The type of the ids *in* the history: items in a user's history, users in an item's.
-        self.user_type_embedding = nn.Parameter(torch.randn(width))
-        self.item_type_embedding = nn.Parameter(torch.randn(width))
+        self.user_type_embedding: Tensor
+        self.item_type_embedding: Tensor
+        for name in ("user_type_embedding", "item_type_embedding"):
+            if config.type_embedding:
+                self.register_parameter(name, nn.Parameter(torch.randn(width)))
+            else:
+                self.register_buffer(name, torch.zeros(width), persistent=False)
+
+    def _add_projections(self, config: ModelConfig, width_hidden: int, width_out: int) -> int:
+        """Builds them and returns the width of what they give."""
+        width = config.encoder.width
+        if config.projection == "none":
+            self.user_projection: nn.Module = nn.Identity()
+            self.item_projection: nn.Module = nn.Identity()
+            return width
+        self.user_projection = Head(width, width_hidden, width_out, config.head_norm)
+        if config.projection == "separate":
+            self.item_projection = Head(width, width_hidden, width_out, config.head_norm)
+        return width_out
+
+    def project_items(self, item_BD: Tensor) -> Tensor:
+        """A shared projection stands under the users' name alone, as it is saved once."""
+        projection = getattr(self, "item_projection", self.user_projection)
+        return cast(Tensor, projection(item_BD))
 
     def represent(self, inputs: EncoderInputs) -> tuple[Tensor, Tensor]:
         """Returns the representations of the events' users and items, (B, D) each."""
@@ -163,6 +212,18 @@ class FELRec(nn.Module):
             encoded_BD = self.encoder(history_BSD, packing, type_D, empty_BD, dropout_keys_B)
         return cast(Tensor, encoded_BD.to(type_D.dtype))
 
+    def compared_users(self, user_BD: Tensor) -> Tensor:
+        """Returns unit vectors (B, C) of users: with those of items their products are what the
+        training makes agree, behind the heads.
+
+        For a model in evaluation mode: the heads' BatchNorm takes its running statistics.
+        """
+        raise NotImplementedError
+
+    def compared_items(self, item_BD: Tensor) -> Tensor:
+        """Returns unit vectors (B, C) of items, as ``compared_users`` of users."""
+        raise NotImplementedError
+
     @property
     def num_parameters(self) -> int:
         """What is trained, as the paper's Table 1 counts it: neither the cache nor the queues."""
@@ -188,15 +249,13 @@ class FELRecQ(FELRec):
         self.contrast = (
             self._contrast_with_queue if config.negatives == "queue" else self._contrast_with_batch
         )
-        self.user_projection = Head(width, width, width)
-        self.item_projection = Head(width, width, width)
+        self._add_projections(config, width, width)
         self.user_queue = ProjectionQueue(config.queue_size, width)
         self.item_queue = ProjectionQueue(config.queue_size, width)
 
     def forward(self, inputs: EncoderInputs) -> ModelOutput:
         user_BD, item_BD = self.represent(inputs)
-        p_user_BD = F.normalize(self.user_projection(user_BD), dim=1)
-        p_item_BD = F.normalize(self.item_projection(item_BD), dim=1)
+        p_user_BD, p_item_BD = self.compared_users(user_BD), self.compared_items(item_BD)
         user_loss = self.contrast(p_user_BD, p_item_BD.detach(), self.item_queue)
         item_loss = self.contrast(p_item_BD, p_user_BD.detach(), self.user_queue)
         return ModelOutput(
@@ -207,6 +266,12 @@ class FELRecQ(FELRec):
             item_BD=item_BD.detach(),
             projections_BD=(p_user_BD.detach(), p_item_BD.detach()),
         )
+
+    def compared_users(self, user_BD: Tensor) -> Tensor:
+        return F.normalize(self.user_projection(user_BD), dim=1)
+
+    def compared_items(self, item_BD: Tensor) -> Tensor:
+        return F.normalize(self.project_items(item_BD), dim=1)
 
     def _contrast_with_queue(
         self, query_BD: Tensor, positive_BD: Tensor, queue: ProjectionQueue
@@ -247,15 +312,14 @@ class FELRecP(FELRec):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
         width = config.encoder.width
-        self.user_projection = Head(width, 2 * width, width // 2)
-        self.item_projection = Head(width, 2 * width, width // 2)
-        self.user_prediction = Head(width // 2, 2 * width, width // 2)
-        self.item_prediction = Head(width // 2, 2 * width, width // 2)
+        projected = self._add_projections(config, 2 * width, width // 2)
+        self.user_prediction = Head(projected, 2 * width, projected, config.head_norm)
+        self.item_prediction = Head(projected, 2 * width, projected, config.head_norm)
 
     def forward(self, inputs: EncoderInputs) -> ModelOutput:
         user_BD, item_BD = self.represent(inputs)
         p_user_Bd = self.user_projection(user_BD)
-        p_item_Bd = self.item_projection(item_BD)
+        p_item_Bd = self.project_items(item_BD)
         user_loss = _disagreement(self.user_prediction(p_user_Bd), p_item_Bd.detach())
         item_loss = _disagreement(self.item_prediction(p_item_Bd), p_user_Bd.detach())
         return ModelOutput(
@@ -266,23 +330,46 @@ class FELRecP(FELRec):
             item_BD=item_BD.detach(),
         )
 
+    def compared_users(self, user_BD: Tensor) -> Tensor:
+        """Prediction, then projection: with an item's, the mean of both branches' cosines."""
+        p_user_Bd = self.user_projection(user_BD)
+        return _unit_pair(self.user_prediction(p_user_Bd), p_user_Bd)
+
+    def compared_items(self, item_BD: Tensor) -> Tensor:
+        """Projection, then prediction."""
+        p_item_Bd = self.project_items(item_BD)
+        return _unit_pair(p_item_Bd, self.item_prediction(p_item_Bd))
+
 
 class Head(nn.Module):
-    """Linear, BatchNorm over the whole batch, ReLU, Linear."""
+    """Linear, BatchNorm over the whole batch (or LayerNorm), ReLU, Linear."""
 
-    def __init__(self, width_in: int, width_hidden: int, width_out: int) -> None:
+    def __init__(
+        self, width_in: int, width_hidden: int, width_out: int, norm: Literal["batch", "layer"]
+    ) -> None:
         super().__init__()
+        self.norm = norm
         self.linear1 = nn.Linear(width_in, width_hidden)
-        self.batchnorm = WholeBatchNorm(width_hidden)
+        if norm == "batch":
+            self.batchnorm = WholeBatchNorm(width_hidden)
+        else:
+            self.layernorm = nn.LayerNorm(width_hidden)
         self.linear2 = nn.Linear(width_hidden, width_out)
 
     def forward(self, x_BD: Tensor) -> Tensor:
-        return cast(Tensor, self.linear2(F.relu(self.batchnorm(self.linear1(x_BD)))))
+        norm = self.batchnorm if self.norm == "batch" else self.layernorm
+        return cast(Tensor, self.linear2(F.relu(norm(self.linear1(x_BD)))))
 
 
 def _disagreement(prediction_Bd: Tensor, target_Bd: Tensor) -> Tensor:
     """2 - 2 cos, mean over the batch."""
     return 2.0 - 2.0 * F.cosine_similarity(prediction_Bd, target_Bd, dim=1).mean()
+
+
+def _unit_pair(first_Bd: Tensor, second_Bd: Tensor) -> Tensor:
+    """Returns [first | second] (B, 2d), each of them scaled to the length sqrt(1/2)."""
+    pair_B2d = torch.cat([F.normalize(first_Bd, dim=1), F.normalize(second_Bd, dim=1)], dim=1)
+    return pair_B2d / math.sqrt(2.0)
 
 
 VARIANTS: Mapping[str, type[FELRecQ] | type[FELRecP]] = {"felrec-q": FELRecQ, "felrec-p": FELRecP}

@@ -438,13 +438,15 @@ def test_a_folder_with_checkpoints_is_not_begun_again(
     assert load_config(str(tmp_path / "run" / "config.yaml")) == config, "it was left alone"
 
 
-def test_a_setting_that_a_checkpoint_does_not_know_is_named(
+def test_settings_that_are_newer_or_older_than_the_checkpoint(
     dataset: PreparedDataset, tmp_path: Path
 ) -> None:
     trainer = tiny.build_trainer(tiny.experiment(dataset.url, str(tmp_path / "run")), dataset)
     checkpoint = read_checkpoint(trainer.fit().checkpoint_url)
-    del checkpoint.config["training"]["momentum"]
-    with pytest.raises(CheckpointError, match=r"got: momentum only in the config"):
+    del checkpoint.config["training"]["autocast"]
+    trainer.restore(checkpoint, generation=None)  # it had its default then
+    checkpoint.config["training"]["warp"] = 9
+    with pytest.raises(CheckpointError, match=r"got: warp only in the checkpoint"):
         trainer.restore(checkpoint, generation=None)
 
 
