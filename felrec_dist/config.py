@@ -40,6 +40,9 @@ class DataConfig(Section):
 
     url: str = Field(description="folder of a prepared data set, any fsspec URL")
     batch_size: int = Field(1024, ge=1, description="B, events of all ranks together")
+    train_events: int | None = Field(
+        None, ge=1, description="only the last so many of the training part; null for all"
+    )
 
 
 class RunConfig(Section):
@@ -139,6 +142,8 @@ class ExperimentConfig(Section):
             raise ValueError(
                 f"evaluation.candidates must be training: {variant} has no vectors of new items"
             )
+        if self.data.train_events is not None:
+            raise ValueError(f"data.train_events must be null: {variant} trains on all events")
         if self.evaluation.protocol != "causal":
             raise ValueError(f"evaluation.protocol must be causal: {variant} has no other")
         if variant == "jodie" and self.cache.storage not in ("float32", "float64"):

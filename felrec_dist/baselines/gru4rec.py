@@ -95,8 +95,11 @@ class UserStates:
         self._client.counters, self._writer.client.counters = CacheCounters(), CacheCounters()
         return CacheTraffic(
             hit_rate=0.0,
+            fetched_rows=fetched.fetched_rows,
+            fetch_messages=fetched.fetch_messages,
             fetched_bytes=fetched.fetched_bytes,
             fetch_wait_s=fetched.fetch_wait_s,
+            written_rows=written.written_rows,
             written_bytes=written.written_bytes,
             write_wait_s=written.write_wait_s,
         )

@@ -77,6 +77,7 @@ class RunLog:
         """Logs means over the steps since the last call.
 
         ``wait`` is the trainer's wait for data and rows; the loader's phases run beside the others.
+        Times are those of the first rank, the traffic is that of all ranks.
         """
         scalars = {
             "loss/total": sum(losses.values()),
@@ -88,10 +89,14 @@ class RunLog:
         if traffic is not None:
             scalars |= {
                 "cache/hot_tier_hits(%)": 100.0 * traffic.hit_rate,
+                "cache/fetched(rows per step)": traffic.fetched_rows / num_steps,
+                "cache/fetch_messages(per step)": traffic.fetch_messages / num_steps,
                 "cache/fetched(bytes per step)": traffic.fetched_bytes / num_steps,
                 "cache/fetch_wait(ms per step)": 1000.0 * traffic.fetch_wait_s / num_steps,
+                "cache/written(rows per step)": traffic.written_rows / num_steps,
                 "cache/written(bytes per step)": traffic.written_bytes / num_steps,
                 "cache/write_wait(ms per step)": 1000.0 * traffic.write_wait_s / num_steps,
+                "exchange/gathered(bytes per step)": traffic.gathered_bytes / num_steps,
             }
         if chance_loss is not None:
             scalars |= {
@@ -117,6 +122,10 @@ class RunLog:
             },
             global_step,
         )
+
+    def checkpoint(self, global_step: int, seconds: float) -> None:
+        """Logs how long all ranks stood still for a checkpoint."""
+        self._write({"checkpoint/save(s)": seconds}, global_step)
 
     def evaluation(
         self, part: str, global_step: int, metrics: Mapping[str, Metrics], *, k: int

@@ -84,19 +84,26 @@ class PlannedRows:
 
 @dataclass(frozen=True)
 class CacheTraffic:
-    """What moved between this rank and the shards.
+    """What moved between ranks and shards.
 
     Attributes:
         hit_rate: share of the distinct ids read that the hot tier held.
+        fetched_rows, written_rows: rows.
+        fetch_messages: requests to shards.
         fetched_bytes, written_bytes: keys, versions and rows.
         fetch_wait_s, write_wait_s: seconds that the loader and the writer waited for shards.
+        gathered_bytes: of the batch's representations and projections, what came from other ranks.
     """
 
     hit_rate: float
+    fetched_rows: int
+    fetch_messages: int
     fetched_bytes: int
     fetch_wait_s: float
+    written_rows: int
     written_bytes: int
     write_wait_s: float
+    gathered_bytes: int = 0
 
 
 class Representations:
@@ -226,8 +233,11 @@ class Representations:
         self._num_distinct = self._num_missing = 0
         return CacheTraffic(
             hit_rate=hit_rate,
+            fetched_rows=fetched.fetched_rows,
+            fetch_messages=fetched.fetch_messages,
             fetched_bytes=fetched.fetched_bytes,
             fetch_wait_s=fetched.fetch_wait_s,
+            written_rows=written.written_rows,
             written_bytes=written.written_bytes,
             write_wait_s=written.write_wait_s,
         )

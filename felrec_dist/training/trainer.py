@@ -176,7 +176,7 @@ class Trainer:
                 rank = metrics["total"].normalized_rank
                 if self.best is None or rank < self.best.validation_rank:
                     self.best = BestEpoch(epoch, rank)
-                self.save(
+                seconds = self.save(
                     RunPosition(
                         epoch=epoch,
                         steps=self.steps_per_epoch,
@@ -188,6 +188,7 @@ class Trainer:
                     ),
                     losses,
                 )
+                log.checkpoint(global_step, seconds)
                 total = metrics["total"]
                 loss = float(losses.total.mean())
                 chance = "" if self.chance_loss is None else f" (chance {self.chance_loss:.4f})"
@@ -280,18 +281,20 @@ class Trainer:
             num_events, loss = meter.read()
             self.progress.advance(num_events, {"loss": loss})
         if is_cut:
-            self.save(
+            global_step = epoch * self.steps_per_epoch + steps
+            seconds = self.save(
                 RunPosition(
                     epoch=epoch,
                     steps=steps,
                     is_validated=False,
-                    global_step=epoch * self.steps_per_epoch + steps,
+                    global_step=global_step,
                     cache_step=steps,
                     next_position=next_position,
                     best=self.best,
                 ),
                 meter.losses,
             )
+            meter.log.checkpoint(global_step, seconds)
         if is_stopping:
             raise self._stopped(f"epoch {epoch}, after {steps} steps")
 
@@ -357,8 +360,8 @@ class Trainer:
         )
         return result
 
-    def save(self, position: RunPosition, losses: EpochLosses) -> None:
-        """Commits a checkpoint; of the earlier ones the newest and the best stay.
+    def save(self, position: RunPosition, losses: EpochLosses) -> float:
+        """Commits a checkpoint; of the earlier ones the newest and the best stay. Returns the seconds.
 
         Args:
             position: of the cut: all ranks are between the same two steps.
@@ -368,6 +371,7 @@ class Trainer:
             TrainingError: the ranks differ, or the weights are not finite; nothing was written.
             StorageError, SnapshotError: it cannot be written; the earlier ones are intact.
         """
+        began = time.perf_counter()
         self.recommender.check(f"at {position.name}")
         self.recommender.flush()
         try:
@@ -386,6 +390,7 @@ class Trainer:
         if self.world.is_first:
             self.store.keep(self.config.checkpoint.keep, self.best)
         self.world.barrier()
+        return time.perf_counter() - began
 
     def _snapshot(self, url: str, position: RunPosition) -> SnapshotChain:
         if not self.client.tables:
@@ -450,7 +455,9 @@ class Trainer:
         with _content_errors(checkpoint):
             # A run goes on only as it began: what changes the model must not change on the way.
             _check_equal(
-                checkpoint, self.config, ("model", "training", "data.batch_size", "cache.storage")
+                checkpoint,
+                self.config,
+                ("model", "training", "data.batch_size", "data.train_events", "cache.storage"),
             )
             self.recommender.load(checkpoint)
         self._chain = None
@@ -561,11 +568,12 @@ def _check_fits(config: ExperimentConfig, dataset: PreparedDataset, world: World
             got=f"data.batch_size = {batch_size}, {world.world_size} ranks",
             expected="a multiple of the number of ranks",
         )
-    if len(dataset.split.train) < batch_size:
+    num_train = len(dataset.split.train.last(config.data.train_events))
+    if num_train < batch_size:
         raise ConfigError(
             "the training part holds no whole batch",
             where=dataset.url,
-            got=f"data.batch_size = {batch_size}, {len(dataset.split.train)} training events",
+            got=f"data.batch_size = {batch_size}, {num_train} training events",
             expected="at most as many events a batch as there are in training",
         )
 
@@ -576,7 +584,8 @@ def _check_equal(checkpoint: Checkpoint, config: ExperimentConfig, paths: Sequen
         then: Any = checkpoint.config
         now: Any = mine
         for key in path.split("."):
-            then, now = then[key], now[key]
+            # A key that came after the checkpoint was what its absence means now: null.
+            then, now = then.get(key), now[key]
         if then != now:
             raise CheckpointError(
                 f"the checkpoint was made with another {path}",
