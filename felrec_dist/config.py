@@ -10,7 +10,7 @@ import os
 import re
 import reprlib
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import fsspec
 import yaml
@@ -96,6 +96,7 @@ class ClusterConfig(Section):
         return resources
 
 
+AnySection = TypeVar("AnySection", bound=Section)
 AnyModel = (
     ModelConfig | BPRMFConfig | SASRecConfig | GRU4RecConfig | GRU4RecBPTTConfig | JODIEConfig
 )
@@ -178,6 +179,15 @@ def load_config(url: str, overrides: Sequence[str] = ()) -> ExperimentConfig:
         ConfigError: the file is missing, unreadable or no YAML, a key is unknown, a value breaks a
             rule.
     """
+    return parse_config(read_tree(url, overrides), where=url)
+
+
+def read_tree(url: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Returns the tree of a YAML file with ``key=value`` overrides laid over it, unchecked.
+
+    Raises:
+        ConfigError: the file is missing, unreadable or holds no tree.
+    """
     try:
         with fsspec.open(url, "r") as file:
             text = file.read()
@@ -204,7 +214,7 @@ def load_config(url: str, overrides: Sequence[str] = ()) -> ExperimentConfig:
         )
     for override in overrides:
         _override(tree, override)
-    return parse_config(tree, where=url)
+    return tree
 
 
 def parse_config(tree: Mapping[str, Any], *, where: str) -> ExperimentConfig:
@@ -213,10 +223,19 @@ def parse_config(tree: Mapping[str, Any], *, where: str) -> ExperimentConfig:
     Raises:
         ConfigError: with the field, the value and the rule of the first thing that is wrong.
     """
+    return parse_section(ExperimentConfig, tree, where=where)
+
+
+def parse_section(kind: type[AnySection], tree: Mapping[str, Any], *, where: str) -> AnySection:
+    """Checks a tree against any section that is a file of its own.
+
+    Raises:
+        ConfigError: as ``parse_config``.
+    """
     try:
-        return ExperimentConfig.model_validate(tree)
+        return kind.model_validate(tree)
     except ValidationError as error:
-        raise _explain(error, where) from error
+        raise _explain(error, kind, where) from error
 
 
 def with_absolute_paths(config: ExperimentConfig) -> ExperimentConfig:
@@ -263,7 +282,15 @@ def _override(tree: dict[str, Any], override: str) -> None:
             got=override,
             expected="key=value, as training.seed=1",
         )
-    value = _parse(text, "an override is not YAML", where=path)
+    put(tree, path, _parse(text, "an override is not YAML", where=path))
+
+
+def put(tree: dict[str, Any], path: str, value: Any) -> None:
+    """Sets the value of a dotted key in a tree.
+
+    Raises:
+        ConfigError: a part of the path is no section.
+    """
     *parents, last = path.split(".")
     for key in parents:
         child = tree.setdefault(key, {})
@@ -278,9 +305,9 @@ def _override(tree: dict[str, Any], override: str) -> None:
     tree[last] = value
 
 
-def _explain(error: ValidationError, where: str) -> ConfigError:
+def _explain(error: ValidationError, root: type[BaseModel], where: str) -> ConfigError:
     details = error.errors()[0]
-    location, section = _place(details["loc"])
+    location, section = _place(details["loc"], root)
     path = ".".join(str(part) for part in location)
     if details["type"] == "extra_forbidden":
         known = list(section.model_fields)
@@ -301,10 +328,11 @@ def _explain(error: ValidationError, where: str) -> ConfigError:
     )
 
 
-def _place(location: Sequence[int | str]) -> tuple[list[int | str], type[BaseModel]]:
+def _place(
+    location: Sequence[int | str], section: type[BaseModel]
+) -> tuple[list[int | str], type[BaseModel]]:
     """Returns the path of a key as it stands in the file, and the innermost section around it."""
     path: list[int | str] = []
-    section: type[BaseModel] = ExperimentConfig
     choices: dict[str, type[BaseModel]] = {}
     for part in location:
         if part in choices:  # pydantic names the choice it has made, as one more key

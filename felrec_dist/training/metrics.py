@@ -38,7 +38,7 @@ class RunLog:
     """
 
     def __init__(self, run_url: str, *, is_writer: bool, steps_done: int = 0) -> None:
-        self._file = _EventFile(f"{run_url.rstrip('/')}/tensorboard") if is_writer else None
+        self._file = EventFile(f"{run_url.rstrip('/')}/tensorboard") if is_writer else None
         if self._file is not None and steps_done:
             # Steps are counted from 1 here: a scalar stands at the number of steps that were done.
             start = SessionLog(status=SessionLog.START)
@@ -158,7 +158,7 @@ class RunLog:
             self._file.write()
 
 
-class _EventFile:
+class EventFile:
     """A file of TensorBoard events on any fsspec URL.
 
     torch's ``SummaryWriter`` writes in a thread of its own; a storage that refuses ends that thread

@@ -361,11 +361,14 @@ class Trainer:
         return result
 
     def save(self, position: RunPosition, losses: EpochLosses) -> float:
-        """Commits a checkpoint; of the earlier ones the newest and the best stay. Returns the seconds.
+        """Commits a checkpoint; of the earlier ones the newest and the best stay.
 
         Args:
             position: of the cut: all ranks are between the same two steps.
             losses: of the epoch so far.
+
+        Returns:
+            The seconds that it took.
 
         Raises:
             TrainingError: the ranks differ, or the weights are not finite; nothing was written.
