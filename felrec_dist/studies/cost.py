@@ -36,12 +36,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 
 from felrec_dist.errors import InputError
 from felrec_dist.studies.figures import CellFigures
 
-Floats = npt.NDArray[np.float64]
 NUM_SIDES = 2
 COLLECTIVES_A_STEP = 3  # an all-gather, and an all-reduce that counts twice
 
@@ -117,7 +115,7 @@ class Workload:
         written_per_event: rows written for each event of a batch, by its events.
         gathered_bytes: what an event adds to the all-gather.
         gradient_bytes: what an all-reduce averages.
-        row_bytes: of a row as it is sent.
+        row_bytes: of a fetched row, with its key.
     """
 
     rows_per_event: Curve
@@ -376,8 +374,9 @@ def layout_of(cell: CellFigures) -> Layout:
 def _workload(cells: Sequence[CellFigures]) -> Workload:
     points = [(_hot_share(c.hot_rows, c.cache_rows), 1.0 - c.hit_rate) for c in cells]
     # Nothing is resident in a hot tier of no rows.
-    misses = Curve.of([*points, (0.0, 1.0)])
-    row_bytes = float(max(cell.row_bytes for cell in cells))
+    misses = Curve.of(points if min(points)[0] == 0.0 else [*points, (0.0, 1.0)])
+    sent = [c.fetched_bytes / c.fetched_rows for c in cells if c.fetched_rows]
+    row_bytes = float(np.median(sent or [c.row_bytes for c in cells]))
     received = [
         cell.gathered_bytes / (cell.num_workers - 1) / cell.batch_size
         for cell in cells
@@ -405,7 +404,7 @@ def _read_rows(cell: CellFigures) -> float:
     return fetched / max(1e-6, 1.0 - cell.hit_rate)
 
 
-def _fit(rows: Sequence[tuple[float, ...]]) -> Floats:
+def _fit(rows: Sequence[tuple[float, ...]]) -> list[float]:
     """Least squares of relative errors without negative constants.
 
     Args:
@@ -424,4 +423,5 @@ def _fit(rows: Sequence[tuple[float, ...]]) -> Floats:
             constants[chosen] = found / scales[chosen]
             break
         chosen = np.delete(chosen, int(found.argmin()))
-    return constants
+    fitted: list[float] = constants.tolist()
+    return fitted

@@ -35,7 +35,7 @@ class CellFigures:
         checkpoint_s: of the checkpoint after the validation.
         validation_rank: of the best epoch; 0 best, 0.5 chance.
         gradient_bytes: what the ranks average at a step.
-        row_bytes: of a row as it is sent, beside its key.
+        row_bytes: of a row alone.
     """
 
     num_workers: int
