@@ -5,7 +5,7 @@ A line joins cells that differ in the setting on the x axis alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from io import BytesIO
 from typing import Any
 
@@ -21,7 +21,7 @@ EVENTS = (f"{SYNTHETIC}.num_events", "data.train_events")
 # Okabe and Ito: told apart by everybody; and each line has a marker of its own.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vPX"
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.hashsalt": "felrec",
     "svg.fonttype": "none",
     "font.size": 10,
@@ -236,8 +236,7 @@ def _style(number: int) -> dict[str, Any]:
 
 
 def _to_svg(plot: Callable[[Any], None]) -> bytes:
-    settings: Mapping[Any, Any] = STYLE
-    with mpl.rc_context(settings):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(6.4, 4.0), layout="constrained")
         axes = figure.subplots()
         plot(axes)

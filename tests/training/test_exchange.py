@@ -39,8 +39,8 @@ def gather_on_this_rank() -> list[list[npt.NDArray[np.float64]]]:
     total = exchange.sum(torch.tensor([1.0, 10.0 ** (world.rank + 1)], dtype=torch.float64))
     counts = exchange.sum(torch.tensor([world.rank], dtype=torch.int64))
     traffic = [exchange.take_gathered_bytes(), exchange.take_gathered_bytes()]
-    mine = CacheTraffic(0.5 * world.rank, 7, 1, 70, 0.25, 3, 30, 1.5 * world.rank, world.rank)
-    moved = np.array(astuple(over_ranks(mine, exchange)))
+    moved_here = CacheTraffic(0.5 * world.rank, 7, 1, 70, 0.25, 3, 30, 1.5 * world.rank, world.rank)
+    moved = np.array(astuple(over_ranks(moved_here, exchange)))
     return [*gathered, [total.numpy(), counts.numpy(), np.array(traffic), moved]]
 
 
