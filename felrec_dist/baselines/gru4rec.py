@@ -94,6 +94,7 @@ class UserStates:
         fetched, written = self._client.counters, self._writer.client.counters
         self._client.counters, self._writer.client.counters = CacheCounters(), CacheCounters()
         return CacheTraffic(
+            read_rows=fetched.fetched_rows,
             hit_rate=0.0,
             fetched_rows=fetched.fetched_rows,
             fetch_messages=fetched.fetch_messages,

@@ -2,8 +2,8 @@
 measures, and the equations between them.
 
 W workers take slices of b = B / W events. A step reads u = rows_per_event(b) * b distinct rows on
-each of them, of which m = miss(hot_rows / rows of a side) * u come from the S shards. Four kinds of
-threads work beside each other, and the slowest sets the pace (seconds)::
+each of them, of which m = miss(hot rows / rows of the cache) * u come from the S shards. Four kinds
+of threads work beside each other, and the slowest sets the pace (seconds)::
 
     trainer    compute        step + b * event
                hot tier       u * row, and B * write_back_event: every rank sees all write-backs
@@ -39,6 +39,7 @@ import numpy as np
 
 from felrec_dist.errors import InputError
 from felrec_dist.studies.figures import CellFigures
+from felrec_dist.training.hot_tier import SMALLEST_RESERVE
 
 NUM_SIDES = 2
 COLLECTIVES_A_STEP = 3  # an all-gather, and an all-reduce that counts twice
@@ -373,8 +374,8 @@ def layout_of(cell: CellFigures) -> Layout:
 
 def _workload(cells: Sequence[CellFigures]) -> Workload:
     points = [(_hot_share(c.hot_rows, c.cache_rows), 1.0 - c.hit_rate) for c in cells]
-    # Nothing is resident in a hot tier of no rows.
-    misses = Curve.of(points if min(points)[0] == 0.0 else [*points, (0.0, 1.0)])
+    # Nothing is resident in a hot tier that is nothing to its cache.
+    misses = Curve.of([*points, (0.0, 1.0)])
     sent = [c.fetched_bytes / c.fetched_rows for c in cells if c.fetched_rows]
     row_bytes = float(np.median(sent or [c.row_bytes for c in cells]))
     received = [
@@ -395,13 +396,13 @@ def _workload(cells: Sequence[CellFigures]) -> Workload:
 
 
 def _hot_share(hot_rows: int, cache_rows: int) -> float:
-    return min(1.0, NUM_SIDES * hot_rows / max(1, cache_rows))
+    """The hot tiers' share of the rows; a tier has some slots beside its capacity."""
+    return min(1.0, NUM_SIDES * (hot_rows + SMALLEST_RESERVE) / max(1, cache_rows))
 
 
 def _read_rows(cell: CellFigures) -> float:
     """Distinct rows that a rank reads in a step."""
-    fetched = cell.fetched_rows / cell.num_workers
-    return fetched / max(1e-6, 1.0 - cell.hit_rate)
+    return cell.read_rows / cell.num_workers
 
 
 def _fit(rows: Sequence[tuple[float, ...]]) -> list[float]:

@@ -26,7 +26,8 @@ class CellFigures:
         events_per_s: of all ranks.
         phase_s: of a step, by phase of ``STEP_PHASES``; the first rank's.
         loader_s: of a step, by phase of ``LOADER_PHASES``, beside the others; the first rank's.
-        hit_rate: share of the distinct rows read that the hot tier held.
+        read_rows: distinct rows that the slices of a step read, all ranks.
+        hit_rate: share of them that the hot tier held.
         fetched_rows, fetch_messages, fetched_bytes: of a step, all ranks.
         fetch_wait_s: of a step, that a loader waited for shards.
         written_rows, written_bytes: of a step, all ranks.
@@ -46,6 +47,7 @@ class CellFigures:
     events_per_s: float
     phase_s: Mapping[str, float]
     loader_s: Mapping[str, float]
+    read_rows: float
     hit_rate: float
     fetched_rows: float
     fetch_messages: float
@@ -130,6 +132,7 @@ def read_figures(config: ExperimentConfig, *, warmup_steps: int, cores: int) -> 
             phase: typical(f"time_share/{phase}(%)") / 100 * step_s for phase in TRAINING_PHASES
         },
         loader_s={phase: typical(f"loader/{phase}(ms per step)") / 1000 for phase in LOADER_PHASES},
+        read_rows=typical("cache/read(rows per step)"),
         hit_rate=typical("cache/hot_tier_hits(%)") / 100,
         fetched_rows=typical("cache/fetched(rows per step)"),
         fetch_messages=typical("cache/fetch_messages(per step)"),

@@ -88,6 +88,7 @@ class RunLog:
         }
         if traffic is not None:
             scalars |= {
+                "cache/read(rows per step)": traffic.read_rows / num_steps,
                 "cache/hot_tier_hits(%)": 100.0 * traffic.hit_rate,
                 "cache/fetched(rows per step)": traffic.fetched_rows / num_steps,
                 "cache/fetch_messages(per step)": traffic.fetch_messages / num_steps,

@@ -87,7 +87,8 @@ class CacheTraffic:
     """What moved between ranks and shards.
 
     Attributes:
-        hit_rate: share of the distinct ids read that the hot tier held.
+        read_rows: distinct ids of the slices' histories.
+        hit_rate: share of them that the hot tier held.
         fetched_rows, written_rows: rows.
         fetch_messages: requests to shards.
         fetched_bytes, written_bytes: keys, versions and rows.
@@ -95,6 +96,7 @@ class CacheTraffic:
         gathered_bytes: of the batch's representations and projections, what came from other ranks.
     """
 
+    read_rows: int
     hit_rate: float
     fetched_rows: int
     fetch_messages: int
@@ -229,9 +231,11 @@ class Representations:
         """Returns what moved since the last call."""
         fetched, written = self._fetching.counters, self._writer.client.counters
         self._fetching.counters, self._writer.client.counters = CacheCounters(), CacheCounters()
-        hit_rate = 1.0 - self._num_missing / max(1, self._num_distinct)
+        read_rows = self._num_distinct
+        hit_rate = 1.0 - self._num_missing / max(1, read_rows)
         self._num_distinct = self._num_missing = 0
         return CacheTraffic(
+            read_rows=read_rows,
             hit_rate=hit_rate,
             fetched_rows=fetched.fetched_rows,
             fetch_messages=fetched.fetch_messages,

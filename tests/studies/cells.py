@@ -10,6 +10,7 @@ from felrec_dist.studies.config import Cell, Setting
 from felrec_dist.studies.cost import Constants
 from felrec_dist.studies.figures import CellFigures
 from felrec_dist.studies.outcome import CellOutcome, Machine
+from felrec_dist.training.hot_tier import SMALLEST_RESERVE
 
 TRUTH = Constants(
     compute_step_s=2e-3,
@@ -47,7 +48,7 @@ def figures(
     t = TRUTH
     b = batch_size / num_workers
     read = ROWS_PER_EVENT * b
-    missed = read * (1.0 - min(1.0, 2 * hot_rows / cache_rows))
+    missed = read * (1.0 - min(1.0, 2 * (hot_rows + SMALLEST_RESERVE) / cache_rows))
     messages = num_shards if missed else 0
     fetch_wait_s = bool(missed) * t.call_s + messages * t.message_s
     fetch_wait_s += missed * (ROW_BYTES + KEY_BYTES) * t.fetch_byte_s
@@ -74,6 +75,7 @@ def figures(
             "histories": b * t.history_event_s,
             "fetch": read * t.plan_row_s + fetch_wait_s,
         },
+        "read_rows": read * num_workers,
         "hit_rate": 1.0 - missed / read,
         "fetched_rows": missed * num_workers,
         "fetch_messages": messages * num_workers,

@@ -8,6 +8,7 @@ import pytest
 
 from felrec_dist.errors import InputError
 from felrec_dist.studies.cost import Constants, CostModel, Curve, Layout, Workload, calibrate, check
+from felrec_dist.training.hot_tier import SMALLEST_RESERVE
 from tests.studies.cells import GATHERED_BYTES, KEY_BYTES, ROW_BYTES, TRUTH, figures
 
 MEASURED = {
@@ -96,7 +97,7 @@ NOTHING = Constants(**dict.fromkeys(asdict(TRUTH), 0.0))
 )
 def test_every_term_as_by_hand(constants: dict[str, float], step_s: float, limit: str) -> None:
     model = CostModel(NOTHING, WORKLOAD).assuming(constants)
-    layout = Layout(4, 2, 512, hot_rows=375, cache_rows=1000, cores=1000)
+    layout = Layout(4, 2, 512, 150_000 - SMALLEST_RESERVE, cache_rows=400_000, cores=1000)
     prediction = model.predict(layout)
     assert prediction.step_s == pytest.approx(step_s)
     assert prediction.events_per_s == pytest.approx(512 / step_s)

@@ -39,7 +39,9 @@ def gather_on_this_rank() -> list[list[npt.NDArray[np.float64]]]:
     total = exchange.sum(torch.tensor([1.0, 10.0 ** (world.rank + 1)], dtype=torch.float64))
     counts = exchange.sum(torch.tensor([world.rank], dtype=torch.int64))
     traffic = [exchange.take_gathered_bytes(), exchange.take_gathered_bytes()]
-    moved_here = CacheTraffic(0.5 * world.rank, 7, 1, 70, 0.25, 3, 30, 1.5 * world.rank, world.rank)
+    moved_here = CacheTraffic(
+        9, 0.5 * world.rank, 7, 1, 70, 0.25, 3, 30, 1.5 * world.rank, world.rank
+    )
     moved = np.array(astuple(over_ranks(moved_here, exchange)))
     return [*gathered, [total.numpy(), counts.numpy(), np.array(traffic), moved]]
 
@@ -54,7 +56,18 @@ def check(results: list[list[npt.NDArray[np.float64]]], world_size: int) -> None
     # Slices are padded to the longest; float64.
     from_others = sum((world_size - 1) * -(-size // world_size) for size in SIZES)
     n, ranks = world_size, sum(range(world_size))
-    expected = [0.5 * ranks / n, 7 * n, n, 70 * n, 0.25, 3 * n, 30 * n, 1.5 * ranks / n, ranks]
+    expected = [
+        9 * n,
+        0.5 * ranks / n,
+        7 * n,
+        n,
+        70 * n,
+        0.25,
+        3 * n,
+        30 * n,
+        1.5 * ranks / n,
+        ranks,
+    ]
     assert moved.tolist() == pytest.approx(expected)
     assert traffic.tolist() == [8 * sum(WIDTHS) * from_others, 0]
 

@@ -26,6 +26,7 @@ STEP_TAGS = {
     "optimizer/learning_rate",
     "optimizer/gradient_norm",
     "speed/train(events per s)",
+    "cache/read(rows per step)",
     "cache/hot_tier_hits(%)",
     "cache/fetched(rows per step)",
     "cache/fetch_messages(per step)",
