@@ -157,7 +157,12 @@ def _run_cell(
         progress.say(f"{cell.name} failed: {reason}")
         return CellOutcome(cell, "failed", reason=f"{type(error).__name__}: {error}")
     outcome = CellOutcome(
-        cell, "finished", figures, place.machine, datetime.date.today().isoformat()
+        cell,
+        "finished",
+        figures,
+        place.machine,
+        load=os.getloadavg()[0],
+        date=datetime.date.today().isoformat(),
     )
     write_hparams(f"{study.out}/{HPARAMS}/{cell.name}", cell, figures)
     # Last: it says that the cell has finished.
@@ -196,7 +201,8 @@ def _finished_before(cell: Cell) -> CellOutcome | None:
             "finished",
             CellFigures(**record["figures"]),
             Machine(**record["machine"]),
-            record["date"],
+            load=record["load"],
+            date=record["date"],
         )
     except (KeyError, TypeError) as error:
         raise CheckpointError(

@@ -37,6 +37,8 @@ class CellOutcome:
         status: ``not run`` where the machine is too small for it.
         figures: of a finished one.
         machine: that it ran on; None where it did not.
+        load: average number of processes that ran or waited to, on this node, in the minute before
+            it finished; its own and those of others.
         date: of the day it finished.
         reason: why it failed or was not run.
     """
@@ -45,6 +47,7 @@ class CellOutcome:
     status: Status
     figures: CellFigures | None = None
     machine: Machine | None = None
+    load: float | None = None
     date: str = ""
     reason: str = ""
 
@@ -55,6 +58,7 @@ class CellOutcome:
             "status": self.status,
             "figures": self.figures and asdict(self.figures),
             "machine": self.machine and asdict(self.machine),
+            "load": self.load,
             "date": self.date,
             "reason": self.reason,
         }

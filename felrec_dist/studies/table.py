@@ -33,13 +33,16 @@ def _where(finished: Sequence[CellOutcome]) -> str:
     machines = sorted({str(o.machine) for o in finished})
     dates = sorted({o.date for o in finished})
     days = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
-    return f"Measured {days} on {'; '.join(machines)}. Medians after the warm-up."
+    return (
+        f"Measured {days} on {'; '.join(machines)}. Medians after the warm-up; load is the average "
+        "number of processes, its own and others, that ran or waited for a core."
+    )
 
 
 def _speed(finished: Sequence[CellOutcome]) -> str:
     heads = [*_setting_heads(finished), "events/s", "ms/step"]
     heads += [f"{phase} %" for phase in TRAINING_PHASES]
-    heads += ["loader ms"]
+    heads += ["loader ms", "load"]
     rows = []
     for o in finished:
         assert o.figures is not None
@@ -52,6 +55,7 @@ def _speed(finished: Sequence[CellOutcome]) -> str:
                 f"{1000 * figures.step_s:,.1f}",
                 *(f"{100 * figures.phase_s[phase] / total:.0f}" for phase in TRAINING_PHASES),
                 f"{1000 * sum(figures.loader_s.values()):,.1f}",
+                NOTHING if o.load is None else f"{o.load:.1f}",
             ]
         )
     return _table(heads, rows)

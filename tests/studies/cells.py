@@ -112,4 +112,4 @@ def outcome(measured: CellFigures | None = None, **settings: Setting) -> CellOut
     cell = Cell(name, chosen, parse_config(tree, where="test"), None)
     if measured is None:
         return CellOutcome(cell, "not run", reason="2 of 8 CPU")
-    return CellOutcome(cell, "finished", measured, Machine(1, 2, 0), "2026-11-21")
+    return CellOutcome(cell, "finished", measured, Machine(1, 2, 0), 3.21, "2026-11-21")

@@ -44,10 +44,17 @@ def test_cells_that_were_left_out_are_predicted() -> None:
     for one in checks:
         assert one.measured_s == alone[one.name].step_s
         assert one.error == pytest.approx(0.0, abs=1e-6), one.name
-    slow = replace(MEASURED["plain"], events_per_s=MEASURED["plain"].events_per_s / 2)
+    plain = MEASURED["plain"]
+    twice = {phase: 2 * seconds for phase, seconds in plain.phase_s.items()}
+    slow = replace(plain, events_per_s=plain.events_per_s / 2, phase_s=twice)
     [found] = [one for one in check({**alone, "plain": slow}) if one.name == "plain"]
     assert found.error == pytest.approx(-0.5)
     assert check({"a": figures(), "b": figures()}) == []
+
+
+def test_a_block_that_is_not_full_is_no_rows_memory() -> None:
+    small = figures(cache_rows=10, cache_bytes=1_000_000)
+    assert calibrate([small, figures()]).constants.cache_row_bytes == pytest.approx(160.0)
 
 
 def test_nothing_negative_is_fitted() -> None:

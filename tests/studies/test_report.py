@@ -69,6 +69,7 @@ def test_the_table_holds_every_cell(study: StudyOutcome) -> None:
     for row, cell in zip(speed, CELLS, strict=False):
         assert cell.figures is not None
         assert row[3] == f"{cell.figures.events_per_s:,.0f}"
+        assert row[-1] == "3.2"
         # wait, rows, encode, backward, exchange, write_back
         assert sum(int(share) for share in row[5:11]) == pytest.approx(100, abs=3)
     sizes = [row[7] for row in rows(page, "Traffic, cache and quality")[2:]]
