@@ -103,7 +103,12 @@ def test_the_result_is_json_that_holds_the_model(study: StudyOutcome) -> None:
     assert [cell["status"] for cell in result["cells"]].count("finished") == 5
     assert len(result["checks"]) == 5
     [prediction] = result["predictions"]
-    assert len(prediction["layouts"]) == 6
+    layouts = [each["layout"] for each in prediction["layouts"]]
+    found = [
+        (each["num_workers"], each["batch_size"], each["num_nodes"], each["num_shards"])
+        for each in layouts
+    ]
+    assert found == [(1, 1024, 1, 2), (8, 8192, 1, 2), (64, 65536, 8, 16)] * 2
     assert list(result["not_run"]) == [CELLS[5].cell.name]
 
 
