@@ -28,7 +28,7 @@ COPY cache_server cache_server
 COPY benchmarks benchmarks
 COPY launch launch
 COPY configs configs
-RUN EXTRAS=ray,s3,torchrec launch/install.sh /opt/felrec felrec \
+RUN EXTRAS=ray,s3,report,torchrec launch/install.sh /opt/felrec felrec \
     && python -m compileall -q felrec_dist cache_server benchmarks launch
 
 USER felrec

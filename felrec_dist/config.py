@@ -40,6 +40,9 @@ class DataConfig(Section):
 
     url: str = Field(description="folder of a prepared data set, any fsspec URL")
     batch_size: int = Field(1024, ge=1, description="B, events of all ranks together")
+    train_events: int | None = Field(
+        None, ge=1, description="only the last so many of the training part; null for all"
+    )
 
 
 class RunConfig(Section):
@@ -93,6 +96,7 @@ class ClusterConfig(Section):
         return resources
 
 
+AnySection = TypeVar("AnySection", bound=Section)
 AnyModel = (
     ModelConfig | BPRMFConfig | SASRecConfig | GRU4RecConfig | GRU4RecBPTTConfig | JODIEConfig
 )
@@ -151,6 +155,8 @@ class ExperimentConfig(Section):
             raise ValueError(
                 f"evaluation.candidates must be training: {variant} has no vectors of new items"
             )
+        if self.data.train_events is not None:
+            raise ValueError(f"data.train_events must be null: {variant} trains on all events")
         if self.evaluation.protocol != "causal":
             raise ValueError(f"evaluation.protocol must be causal: {variant} has no other")
         evaluation = self.evaluation
@@ -191,17 +197,14 @@ def load_config(url: str, overrides: Sequence[str] = ()) -> ExperimentConfig:
         ConfigError: the file is missing, unreadable or no YAML, a key is unknown, a value breaks a
             rule.
     """
-    tree = read_yaml(url)
-    for override in overrides:
-        _override(tree, override)
-    return parse_config(tree, where=url)
+    return parse_config(read_tree(url, overrides), where=url)
 
 
-def read_yaml(url: str) -> dict[str, Any]:
-    """Reads a YAML file that holds a tree of keys.
+def read_tree(url: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Returns the tree of a YAML file with ``key=value`` overrides laid over it, unchecked.
 
     Raises:
-        ConfigError: the file is missing, unreadable or no YAML, or holds something else.
+        ConfigError: the file is missing, unreadable or holds no tree.
     """
     try:
         with fsspec.open(url, "r") as file:
@@ -227,6 +230,8 @@ def read_yaml(url: str) -> dict[str, Any]:
             got=type(tree).__name__,
             expected="sections such as data:, run:, model:",
         )
+    for override in overrides:
+        _override(tree, override)
     return tree
 
 
@@ -236,22 +241,19 @@ def parse_config(tree: Mapping[str, Any], *, where: str) -> ExperimentConfig:
     Raises:
         ConfigError: with the field, the value and the rule of the first thing that is wrong.
     """
-    return check_section(ExperimentConfig, tree, where=where)
+    return parse_section(ExperimentConfig, tree, where=where)
 
 
-AnySection = TypeVar("AnySection", bound=Section)
-
-
-def check_section(section: type[AnySection], tree: Mapping[str, Any], *, where: str) -> AnySection:
-    """Checks a tree of plain values against a section of any kind.
+def parse_section(kind: type[AnySection], tree: Mapping[str, Any], *, where: str) -> AnySection:
+    """Checks a tree against any section that is a file of its own.
 
     Raises:
-        ConfigError: with the field, the value and the rule of the first thing that is wrong.
+        ConfigError: as ``parse_config``.
     """
     try:
-        return section.model_validate(tree)
+        return kind.model_validate(tree)
     except ValidationError as error:
-        raise _explain(error, section, where) from error
+        raise _explain(error, kind, where) from error
 
 
 def with_absolute_paths(config: ExperimentConfig) -> ExperimentConfig:
@@ -298,7 +300,15 @@ def _override(tree: dict[str, Any], override: str) -> None:
             got=override,
             expected="key=value, as training.seed=1",
         )
-    value = _parse(text, "an override is not YAML", where=path)
+    put(tree, path, _parse(text, "an override is not YAML", where=path))
+
+
+def put(tree: dict[str, Any], path: str, value: Any) -> None:
+    """Sets the value of a dotted key in a tree.
+
+    Raises:
+        ConfigError: a part of the path is no section.
+    """
     *parents, last = path.split(".")
     for key in parents:
         child = tree.setdefault(key, {})

@@ -6,7 +6,6 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -21,11 +20,12 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from felrec_dist.errors import ConfigError, FelrecError, RunStoppedError
+from felrec_dist.errors import ConfigError, FelrecError
 from launch.benchmark_cli import benchmark
 from launch.cache_cli import cache_app
 from launch.compare_cli import compare
-from launch.stopping import StopRequest, stop_requests
+from launch.scale_cli import scale
+from launch.stopping import stoppable
 from launch.submit_cli import submit
 from launch.suite_cli import suite
 
@@ -42,6 +42,7 @@ app = typer.Typer(
 app.add_typer(cache_app, name="cache")
 app.command()(benchmark)
 app.command()(compare)
+app.command()(scale)
 app.command()(submit)
 app.command()(suite)
 
@@ -52,6 +53,7 @@ REPORT_WIDTH = 124
 EXTRA_PACKAGES = {
     "s3fs": "pip install 'felrec-dist[s3]'",
     "gcsfs": "pip install gcsfs",
+    "matplotlib": "pip install 'felrec-dist[report]'",
     "ray": "pip install 'felrec-dist[ray]'; to train and evaluate without it, add --local",
 }
 
@@ -310,7 +312,7 @@ def train(
 
     experiment = load_config(config, overrides or [])
     console = Console()
-    with _stoppable(console) as should_stop, TerminalProgress(console) as progress:
+    with stoppable(console) as should_stop, TerminalProgress(console) as progress:
         if local:
             from launch import local as here
 
@@ -374,7 +376,7 @@ def evaluate(
     experiment = load_config(config, [*(overrides or []), *asked])
     chosen = protocol or experiment.evaluation.protocol
     console = Console()
-    with _stoppable(console) as should_stop, TerminalProgress(console) as progress:
+    with stoppable(console) as should_stop, TerminalProgress(console) as progress:
         if local:
             from launch import local as here
 
@@ -472,21 +474,6 @@ class _Stages:
         if stage not in self.tasks:
             self.tasks[stage] = self.bar.add_task(stage, total=total)
         self.bar.update(self.tasks[stage], completed=done, total=total)  # type: ignore[arg-type]
-
-
-@contextmanager
-def _stoppable(console: Console) -> Iterator[StopRequest]:
-    """Ends after Ctrl-C and SIGTERM with a word on how to go on; Typer itself would say none."""
-    # A signal may come while rich loads its table of emoji, when asking it for one would fail.
-    with stop_requests(partial(console.print, emoji=False)) as request:
-        try:
-            yield request
-        except RunStoppedError as error:
-            console.print(f"stopped; {error.got}\n{error.remedy}", highlight=False, soft_wrap=True)
-            raise typer.Exit(request.exit_code) from None
-        except KeyboardInterrupt:
-            console.print("stopped at once; the last committed checkpoint stays")
-            raise typer.Exit(request.exit_code) from None
 
 
 @contextmanager

@@ -224,6 +224,12 @@ def run_digest(run_url: str) -> str:
     return hashlib.sha256(folder.encode()).hexdigest()[:16]
 
 
+def nodes() -> list[dict[str, float]]:
+    """Returns the resources of each node that a run would find now, in Ray's names and units."""
+    with _ray():
+        return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
 @contextmanager
 def running_cache(run_url: str) -> Iterator[CacheClient]:
     """Yields a client of the cache of the run that is going on in a folder.

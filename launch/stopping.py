@@ -6,7 +6,13 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import FrameType
+
+import typer
+from rich.console import Console
+
+from felrec_dist.errors import RunStoppedError
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -62,6 +68,21 @@ def stop_requests(say: Callable[[str], None]) -> Iterator[StopRequest]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def stoppable(console: Console) -> Iterator[StopRequest]:
+    """Ends after Ctrl-C and SIGTERM with a word on how to go on; Typer itself would say none."""
+    # A signal may come while rich loads its table of emoji, when asking it for one would fail.
+    with stop_requests(partial(console.print, emoji=False)) as request:
+        try:
+            yield request
+        except RunStoppedError as error:
+            console.print(f"stopped; {error.got}\n{error.remedy}", highlight=False, soft_wrap=True)
+            raise typer.Exit(request.exit_code) from None
+        except KeyboardInterrupt:
+            console.print("stopped at once; the last committed checkpoint stays")
+            raise typer.Exit(request.exit_code) from None
 
 
 def _is_main_thread() -> bool:

@@ -94,9 +94,13 @@ class UserStates:
         fetched, written = self._client.counters, self._writer.client.counters
         self._client.counters, self._writer.client.counters = CacheCounters(), CacheCounters()
         return CacheTraffic(
+            read_rows=fetched.fetched_rows,
             hit_rate=0.0,
+            fetched_rows=fetched.fetched_rows,
+            fetch_messages=fetched.fetch_messages,
             fetched_bytes=fetched.fetched_bytes,
             fetch_wait_s=fetched.fetch_wait_s,
+            written_rows=written.written_rows,
             written_bytes=written.written_bytes,
             write_wait_s=written.write_wait_s,
         )

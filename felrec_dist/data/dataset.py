@@ -107,6 +107,12 @@ class Span:
     def __len__(self) -> int:
         return self.stop - self.start
 
+    def last(self, num_events: int | None) -> Span:
+        """Its last so many events, or all of them: what follows the span follows these."""
+        return (
+            self if num_events is None else Span(max(self.start, self.stop - num_events), self.stop)
+        )
+
 
 @dataclass(frozen=True)
 class Split:

@@ -19,9 +19,9 @@ from pydantic import Field, field_validator, model_validator
 from felrec_dist.config import (
     ExperimentConfig,
     absolute_url,
-    check_section,
     load_config,
-    read_yaml,
+    parse_section,
+    read_tree,
 )
 from felrec_dist.data.dataset import file_system, read_manifest
 from felrec_dist.errors import ConfigError, DatasetError, FelrecError, storage_errors
@@ -256,7 +256,7 @@ def load_suite(url: str, overrides: Sequence[str] = ()) -> Suite:
     Raises:
         ConfigError: of the suite or of one of its configs.
     """
-    config = check_section(SuiteConfig, read_yaml(url), where=url)
+    config = parse_section(SuiteConfig, read_tree(url), where=url)
     folder = url.rpartition("/")[0]
     out = absolute_url(config.out).rstrip("/")
     jobs: dict[str, Job] = {}

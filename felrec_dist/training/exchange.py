@@ -23,6 +23,7 @@ class Exchange:
 
     def __init__(self, world: World) -> None:
         self.world = world
+        self._gathered_bytes = 0
 
     def gather_batch(self, parts_bd: Sequence[Tensor], num_events: int) -> list[Tensor]:
         """Returns each part for the whole batch, (B, d) in event order, on all ranks.
@@ -54,6 +55,7 @@ class Exchange:
         local = F.pad(local, (0, 0, 0, longest - len(local))).contiguous()
         gathered = local.new_empty(world_size * longest, local.shape[1])
         work = dist.all_gather_into_tensor(gathered, local, async_op=True)
+        self._gathered_bytes += gathered.nbytes - local.nbytes
 
         def wait() -> list[Tensor]:
             work.wait()
@@ -66,6 +68,11 @@ class Exchange:
             return list(whole.split([part.shape[1] for part in parts_bd], dim=1))
 
         return wait
+
+    def take_gathered_bytes(self) -> int:
+        """Returns what the other ranks' parts were in bytes since the last call."""
+        taken, self._gathered_bytes = self._gathered_bytes, 0
+        return taken
 
     def check_equal(self, state: Mapping[str, Tensor], *, where: str) -> None:
         """Compares a digest of the state over the ranks: what is meant to be equal must be.

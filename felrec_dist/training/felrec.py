@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -43,7 +44,9 @@ class FELRecTraining:
     ) -> None:
         self.config = config
         self.dataset = dataset
-        self.train_span = whole_batches(dataset.split.train, config.data.batch_size)
+        self.train_span = whole_batches(
+            dataset.split.train.last(config.data.train_events), config.data.batch_size
+        )
         self.steps_per_epoch = len(self.train_span) // config.data.batch_size
         self.clock = PhaseClock()
         self.loader_clock = PhaseClock(LOADER_PHASES)
@@ -135,7 +138,9 @@ class FELRecTraining:
         self.representations.flush()
 
     def take_traffic(self) -> CacheTraffic:
-        return self.representations.take_traffic()
+        return replace(
+            self.representations.take_traffic(), gathered_bytes=self.exchange.take_gathered_bytes()
+        )
 
     def check(self, where: str) -> None:
         check_finite(dict(self.model.named_parameters()), where)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import astuple, fields
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from felrec_dist.training.clock import TrainingTimes
 from felrec_dist.training.exchange import Exchange
 from felrec_dist.training.metrics import RunLog
 from felrec_dist.training.recommender import Recommender, TrainingBatch
+from felrec_dist.training.representations import CacheTraffic
 
 
 class EpochLosses:
@@ -73,6 +75,7 @@ class StepMeter:
         self.began = time.perf_counter()
         recommender.clock.take()
         recommender.loader_clock.take()
+        recommender.take_traffic()
 
     def add(self, batch: TrainingBatch, losses_k: Tensor, learning_rate: float) -> None:
         """Takes this rank's part of a step."""
@@ -95,6 +98,7 @@ class StepMeter:
         began, self.began = self.began, time.perf_counter()
         self.times.add_steps(len(losses_nk), self.began - began)
         means_k = losses_nk.mean(axis=0)
+        mine = self.recommender.take_traffic()
         self.log.steps(
             self.first_global_step + steps_done,
             losses=dict(zip(self.recommender.loss_names, means_k, strict=True)),
@@ -105,7 +109,7 @@ class StepMeter:
             phase_seconds=self.recommender.clock.take(),
             loader_seconds=self.recommender.loader_clock.take(),
             num_steps=len(losses_nk),
-            traffic=self.recommender.take_traffic(),
+            traffic=None if mine is None else over_ranks(mine, self.exchange),
         )
         self.read_nk.append(losses_nk)
         num_events = self.num_events
@@ -129,6 +133,18 @@ class StepMeter:
                 remedy="lower training.schedule.base_lr, or look at these events; "
                 "the last checkpoint is intact",
             )
+
+
+def over_ranks(mine: CacheTraffic, exchange: Exchange) -> CacheTraffic:
+    """Returns what moved for all ranks together; hit rate and waits are their means."""
+    if exchange.world.world_size == 1:
+        return mine
+    names = [field.name for field in fields(mine)]
+    totals = torch.tensor(astuple(mine), dtype=torch.float64, device=exchange.world.device)
+    values: dict[str, Any] = dict(zip(names, exchange.sum(totals).tolist(), strict=True))
+    for name in ("hit_rate", "fetch_wait_s", "write_wait_s"):
+        values[name] /= exchange.world.world_size
+    return CacheTraffic(**values)
 
 
 def _gradient_norm(model: torch.nn.Module) -> float:

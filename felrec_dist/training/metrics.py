@@ -44,7 +44,7 @@ class RunLog:
     """
 
     def __init__(self, run_url: str, *, is_writer: bool, steps_done: int = 0) -> None:
-        self._file = _EventFile(f"{run_url.rstrip('/')}/tensorboard") if is_writer else None
+        self._file = EventFile(f"{run_url.rstrip('/')}/tensorboard") if is_writer else None
         if self._file is not None and steps_done:
             # Steps are counted from 1 here: a scalar stands at the number of steps that were done.
             start = SessionLog(status=SessionLog.START)
@@ -83,6 +83,7 @@ class RunLog:
         """Logs means over the steps since the last call.
 
         ``wait`` is the trainer's wait for data and rows; the loader's phases run beside the others.
+        Times are those of the first rank, the traffic is that of all ranks.
         """
         scalars = {
             "loss/total": sum(losses.values()),
@@ -93,11 +94,16 @@ class RunLog:
         }
         if traffic is not None:
             scalars |= {
+                "cache/read(rows per step)": traffic.read_rows / num_steps,
                 "cache/hot_tier_hits(%)": 100.0 * traffic.hit_rate,
+                "cache/fetched(rows per step)": traffic.fetched_rows / num_steps,
+                "cache/fetch_messages(per step)": traffic.fetch_messages / num_steps,
                 "cache/fetched(bytes per step)": traffic.fetched_bytes / num_steps,
                 "cache/fetch_wait(ms per step)": 1000.0 * traffic.fetch_wait_s / num_steps,
+                "cache/written(rows per step)": traffic.written_rows / num_steps,
                 "cache/written(bytes per step)": traffic.written_bytes / num_steps,
                 "cache/write_wait(ms per step)": 1000.0 * traffic.write_wait_s / num_steps,
+                "exchange/gathered(bytes per step)": traffic.gathered_bytes / num_steps,
             }
         if chance_loss is not None:
             scalars |= {
@@ -123,6 +129,10 @@ class RunLog:
             },
             global_step,
         )
+
+    def checkpoint(self, global_step: int, seconds: float) -> None:
+        """Logs how long all ranks stood still for a checkpoint."""
+        self._write({"checkpoint/save(s)": seconds}, global_step)
 
     def evaluation(
         self, part: str, global_step: int, metrics: Mapping[str, Metrics], *, k: int
@@ -172,7 +182,7 @@ class RunLog:
             self._file.write()
 
 
-class _EventFile:
+class EventFile:
     """A file of TensorBoard events on any fsspec URL.
 
     torch's ``SummaryWriter`` writes in a thread of its own; a storage that refuses ends that thread

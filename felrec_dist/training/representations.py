@@ -84,19 +84,28 @@ class PlannedRows:
 
 @dataclass(frozen=True)
 class CacheTraffic:
-    """What moved between this rank and the shards.
+    """What moved between ranks and shards.
 
     Attributes:
-        hit_rate: share of the distinct ids read that the hot tier held.
+        read_rows: distinct ids of the slices' histories.
+        hit_rate: share of them that the hot tier held.
+        fetched_rows, written_rows: rows.
+        fetch_messages: requests to shards.
         fetched_bytes, written_bytes: keys, versions and rows.
         fetch_wait_s, write_wait_s: seconds that the loader and the writer waited for shards.
+        gathered_bytes: of the batch's representations and projections, what came from other ranks.
     """
 
+    read_rows: int
     hit_rate: float
+    fetched_rows: int
+    fetch_messages: int
     fetched_bytes: int
     fetch_wait_s: float
+    written_rows: int
     written_bytes: int
     write_wait_s: float
+    gathered_bytes: int = 0
 
 
 class Representations:
@@ -222,12 +231,17 @@ class Representations:
         """Returns what moved since the last call."""
         fetched, written = self._fetching.counters, self._writer.client.counters
         self._fetching.counters, self._writer.client.counters = CacheCounters(), CacheCounters()
-        hit_rate = 1.0 - self._num_missing / max(1, self._num_distinct)
+        read_rows = self._num_distinct
+        hit_rate = 1.0 - self._num_missing / max(1, read_rows)
         self._num_distinct = self._num_missing = 0
         return CacheTraffic(
+            read_rows=read_rows,
             hit_rate=hit_rate,
+            fetched_rows=fetched.fetched_rows,
+            fetch_messages=fetched.fetch_messages,
             fetched_bytes=fetched.fetched_bytes,
             fetch_wait_s=fetched.fetch_wait_s,
+            written_rows=written.written_rows,
             written_bytes=written.written_bytes,
             write_wait_s=written.write_wait_s,
         )

@@ -15,6 +15,7 @@ from typing import Any, Protocol, Self
 import torch
 
 from cache_server import CacheClient
+from felrec_dist.baselines.config import TablesConfig
 from felrec_dist.config import ExperimentConfig, dump_config
 from felrec_dist.data.dataset import PreparedDataset, Span
 from felrec_dist.errors import (
@@ -201,7 +202,7 @@ class Trainer:
                     )
                 if self.best is None or rank < self.best.validation_rank:
                     self.best = BestEpoch(epoch, rank)
-                self.save(
+                seconds = self.save(
                     RunPosition(
                         epoch=epoch,
                         steps=self.steps_per_epoch,
@@ -213,6 +214,7 @@ class Trainer:
                     ),
                     losses,
                 )
+                log.checkpoint(global_step, seconds)
                 total = metrics["total"]
                 loss = float(losses.total.mean())
                 chance = "" if self.chance_loss is None else f" (chance {self.chance_loss:.4f})"
@@ -316,18 +318,20 @@ class Trainer:
             num_events, loss = meter.read()
             self.progress.advance(num_events, {"loss": loss})
         if is_cut:
-            self.save(
+            global_step = epoch * self.steps_per_epoch + steps
+            seconds = self.save(
                 RunPosition(
                     epoch=epoch,
                     steps=steps,
                     is_validated=False,
-                    global_step=epoch * self.steps_per_epoch + steps,
+                    global_step=global_step,
                     cache_step=steps,
                     next_position=next_position,
                     best=self.best,
                 ),
                 meter.losses,
             )
+            meter.log.checkpoint(global_step, seconds)
         if is_stopping:
             raise self._stopped(f"epoch {epoch}, after {steps} steps")
 
@@ -416,17 +420,21 @@ class Trainer:
         self.recommender.flush()
         return step
 
-    def save(self, position: RunPosition, losses: EpochLosses) -> None:
+    def save(self, position: RunPosition, losses: EpochLosses) -> float:
         """Commits a checkpoint; of the earlier ones the newest and the best stay.
 
         Args:
             position: of the cut: all ranks are between the same two steps.
             losses: of the epoch so far.
 
+        Returns:
+            The seconds that it took.
+
         Raises:
             TrainingError: the ranks differ, or the weights are not finite; nothing was written.
             StorageError, SnapshotError: it cannot be written; the earlier ones are intact.
         """
+        began = time.perf_counter()
         self.recommender.check(f"at {position.name}")
         self.recommender.flush()
         try:
@@ -445,6 +453,7 @@ class Trainer:
         if self.world.is_first:
             self.store.keep(self.config.checkpoint.keep, self.best)
         self.world.barrier()
+        return time.perf_counter() - began
 
     def _snapshot(self, url: str, position: RunPosition) -> SnapshotChain:
         if not self.client.tables:
@@ -515,7 +524,7 @@ class Trainer:
             # A run goes on only as it began: what changes the model must not change on the way.
             paths = ["model", "training", "tables"]
             if not is_zero:
-                paths += ["data.batch_size", "cache.storage"]
+                paths += ["data.batch_size", "data.train_events", "cache.storage"]
             _check_equal(checkpoint, self.config, paths)
             self.recommender.load(checkpoint)
         self._chain = None
@@ -626,11 +635,12 @@ def _check_fits(config: ExperimentConfig, dataset: PreparedDataset, world: World
             got=f"data.batch_size = {batch_size}, {world.world_size} ranks",
             expected="a multiple of the number of ranks",
         )
-    if len(dataset.split.train) < batch_size:
+    num_train = len(dataset.split.train.last(config.data.train_events))
+    if num_train < batch_size:
         raise ConfigError(
             "the training part holds no whole batch",
             where=dataset.url,
-            got=f"data.batch_size = {batch_size}, {len(dataset.split.train)} training events",
+            got=f"data.batch_size = {batch_size}, {num_train} training events",
             expected="at most as many events a batch as there are in training",
         )
 
@@ -641,10 +651,13 @@ def _check_equal(checkpoint: Checkpoint, config: ExperimentConfig, paths: Sequen
         then: Any = checkpoint.config
         now: Any = mine
         for key in path.split("."):
-            then, now = then[key], now[key]
-        # A setting that is newer than the checkpoint had its default then.
+            # A key that came after the checkpoint was what its absence means now: null.
+            then, now = then.get(key), now[key]
+        # And a setting of a section had its default.
         if path == "model" and isinstance(config.model, ModelConfig):
             then = ModelConfig().model_dump(mode="json") | then
+        elif path == "tables":
+            then = TablesConfig().model_dump(mode="json") | (then or {})
         elif path == "training":
             then = TrainingConfig().model_dump(mode="json") | then
             # When to end is no part of what is trained.

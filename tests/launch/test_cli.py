@@ -26,8 +26,9 @@ from felrec_dist.data.dataset import PreparedDataset
 from felrec_dist.errors import CheckpointError
 from felrec_dist.training.checkpoint import CheckpointStore, read_checkpoint
 from launch import local
-from launch.cli import _print_report, _stoppable
+from launch.cli import _print_report
 from launch.progress import TerminalProgress
+from launch.stopping import stoppable
 from tests import tiny
 from tests.launch.commands import Felrec, assert_failed
 
@@ -396,7 +397,7 @@ def test_a_signal_may_come_while_rich_loads_its_emoji(monkeypatch: pytest.Monkey
     """It does so with its first line, which may be that of the signal's handler."""
     page = StringIO()
     monkeypatch.setitem(sys.modules, "rich._emoji_codes", ModuleType("half loaded"))
-    with _stoppable(Console(file=page)) as request:
+    with stoppable(Console(file=page)) as request:
         signal.raise_signal(signal.SIGINT)
         assert request()
     assert page.getvalue().startswith("SIGINT: stopping at the end of a step")

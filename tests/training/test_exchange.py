@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import astuple
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,8 @@ import torch
 from felrec_dist.data.stream import slice_bounds
 from felrec_dist.errors import TrainingError
 from felrec_dist.training.exchange import Exchange
+from felrec_dist.training.meter import over_ranks
+from felrec_dist.training.representations import CacheTraffic
 from felrec_dist.training.world import World
 from tests.ranks import run_on_ranks
 
@@ -35,16 +38,38 @@ def gather_on_this_rank() -> list[list[npt.NDArray[np.float64]]]:
         gathered.append([part.numpy() for part in parts])
     total = exchange.sum(torch.tensor([1.0, 10.0 ** (world.rank + 1)], dtype=torch.float64))
     counts = exchange.sum(torch.tensor([world.rank], dtype=torch.int64))
-    return [*gathered, [total.numpy(), counts.numpy()]]
+    traffic = [exchange.take_gathered_bytes(), exchange.take_gathered_bytes()]
+    moved_here = CacheTraffic(
+        9, 0.5 * world.rank, 7, 1, 70, 0.25, 3, 30, 1.5 * world.rank, world.rank
+    )
+    moved = np.array(astuple(over_ranks(moved_here, exchange)))
+    return [*gathered, [total.numpy(), counts.numpy(), np.array(traffic), moved]]
 
 
 def check(results: list[list[npt.NDArray[np.float64]]], world_size: int) -> None:
-    *gathered, (total, counts) = results
+    *gathered, (total, counts, traffic, moved) = results
     for size, parts in zip(SIZES, gathered, strict=True):
         for width, part in zip(WIDTHS, parts, strict=True):
             np.testing.assert_array_equal(part, whole(size, width).numpy(), strict=True)
     assert total.tolist() == [world_size, sum(10.0 ** (rank + 1) for rank in range(world_size))]
     assert counts.tolist() == [sum(range(world_size))]
+    # Slices are padded to the longest; float64.
+    from_others = sum((world_size - 1) * -(-size // world_size) for size in SIZES)
+    n, ranks = world_size, sum(range(world_size))
+    expected = [
+        9 * n,
+        0.5 * ranks / n,
+        7 * n,
+        n,
+        70 * n,
+        0.25,
+        3 * n,
+        30 * n,
+        1.5 * ranks / n,
+        ranks,
+    ]
+    assert moved.tolist() == pytest.approx(expected)
+    assert traffic.tolist() == [8 * sum(WIDTHS) * from_others, 0]
 
 
 @pytest.mark.parametrize("world_size", [2, 3])

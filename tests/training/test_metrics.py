@@ -26,11 +26,16 @@ STEP_TAGS = {
     "optimizer/learning_rate",
     "optimizer/gradient_norm",
     "speed/train(events per s)",
+    "cache/read(rows per step)",
     "cache/hot_tier_hits(%)",
+    "cache/fetched(rows per step)",
+    "cache/fetch_messages(per step)",
     "cache/fetched(bytes per step)",
     "cache/fetch_wait(ms per step)",
+    "cache/written(rows per step)",
     "cache/written(bytes per step)",
     "cache/write_wait(ms per step)",
+    "exchange/gathered(bytes per step)",
     *(
         f"time_share/{phase}(%)"
         for phase in ("wait", "rows", "encode", "backward", "exchange", "write_back")
@@ -38,7 +43,8 @@ STEP_TAGS = {
     *(f"loader/{phase}(ms per step)" for phase in ("data", "histories", "fetch")),
 }
 CHANCE_TAGS = {"loss/user_below_chance(nats)", "loss/item_below_chance(nats)"}
-CACHE_TAGS = {
+EPOCH_TAGS = {"checkpoint/save(s)"}
+CACHE_TAGS = EPOCH_TAGS | {
     f"cache/{table}/size({unit})/shard_{shard}"
     for table in ("user", "item")
     for unit in ("rows", "bytes")
@@ -109,6 +115,17 @@ def test_a_run_logs_every_figure(dataset: PreparedDataset, tmp_path: Path, varia
             assert scalars[f"loader/{phase}(ms per step)"][step] > 0
         assert scalars["optimizer/gradient_norm"][step] > 0
         assert scalars["speed/train(events per s)"][step] > 0
+        # An id is sent as 8 bytes; whether it was found and its row come back.
+        rows = scalars["cache/fetched(rows per step)"][step]
+        fetched_bytes = scalars["cache/fetched(bytes per step)"][step]
+        assert fetched_bytes == pytest.approx(rows * (8 + 1 + 4 * 8), rel=1e-5)
+        rows = scalars["cache/written(rows per step)"][step]
+        written_bytes = scalars["cache/written(bytes per step)"][step]
+        assert written_bytes == pytest.approx(rows * (16 + 4 * 8), rel=1e-5)
+        assert rows > 0
+        # One to each of two shards at most; the loader is up to two steps ahead.
+        assert 0 < scalars["cache/fetch_messages(per step)"][step] <= 2 * 7 / 5
+        assert scalars["exchange/gathered(bytes per step)"][step] == 0
     # The last epoch's five steps are the last entry: their mean loss, and the rate of the last.
     assert scalars["optimizer/learning_rate"][45] == pytest.approx(1e-7, rel=1e-3)
     mean_loss = sum(scalars["loss/total"][step] for step in (35, 40, 45)) / 3

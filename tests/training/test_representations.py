@@ -246,21 +246,25 @@ def test_only_distinct_ids_that_are_not_here_travel(dataset: PreparedDataset) ->
     assert sum(plan.num_distinct for plan in planned.plans.values()) == num_distinct
     representations.take(planned)
     traffic = representations.take_traffic()
-    assert traffic.hit_rate == 0.0
+    assert (traffic.read_rows, traffic.hit_rate) == (num_distinct, 0.0)
     # An id is sent as 8 bytes; whether it was found and its row come back.
     assert traffic.fetched_bytes == num_distinct * (8 + 1 + 4 * WIDTH)
-    assert traffic.written_bytes == 0
+    assert (traffic.fetched_rows, traffic.fetch_messages) == (num_distinct, 3)
+    assert (traffic.written_rows, traffic.written_bytes) == (0, 0)
 
     again = representations.plan(1, batch, items_of_users, users_of_items)
     assert all(len(plan.missing_ids) == 0 for plan in again.plans.values())
     representations.take(again)
     traffic = representations.take_traffic()
-    assert (traffic.hit_rate, traffic.fetched_bytes) == (1.0, 0)
+    assert (traffic.read_rows, traffic.hit_rate) == (num_distinct, 1.0)
+    assert traffic.fetched_bytes == 0
     rows_BD = torch.ones(BATCH, WIDTH)
     representations.write_back(0, batch, rows_BD, rows_BD)
     representations.flush()
     num_written = len(set(batch.user)) + len(set(batch.item))
-    assert representations.take_traffic().written_bytes == num_written * (16 + 4 * WIDTH)
+    traffic = representations.take_traffic()
+    assert traffic.written_rows == num_written
+    assert traffic.written_bytes == num_written * (16 + 4 * WIDTH)
 
 
 def test_a_new_life_of_the_cache_forgets_the_rows(dataset: PreparedDataset) -> None:

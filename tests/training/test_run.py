@@ -348,6 +348,12 @@ def test_resuming_a_run_that_has_not_begun_begins_it(
         ("training", "optimizer", "adam", r"another training\n.*\n  got: optimizer 'sgd' in"),
         ("tables", "fused_lr", 0.5, r"another tables\n.*\n  got: fused_lr"),
         ("data", "batch_size", 8, r"another data\.batch_size\n.*\n  got: 16 in the check.*, 8 in"),
+        (
+            "data",
+            "train_events",
+            64,
+            r"another data\.train_events\n.*\n  got: None in the ch.*, 64 in",
+        ),
         ("cache", "storage", "float16", r"another cache\.storage\n.*\n  got: 'float32' in the"),
         (
             "evaluation",
@@ -379,6 +385,25 @@ def test_a_run_does_not_go_on_as_another_one(
     # What the remedy points to is still there.
     assert load_config(f"{run_url}/config.yaml") == config
     assert sorted((tmp_path / "run" / "tensorboard").iterdir()) == events_before
+
+
+def test_a_run_may_train_on_the_last_events_alone(dataset: PreparedDataset, tmp_path: Path) -> None:
+    train = dataset.split.train
+    spans = []
+    for num_events in (70, len(train) + 1):
+        data = {"data": {"url": dataset.url, "batch_size": 16, "train_events": num_events}}
+        config = tiny.experiment(dataset.url, str(tmp_path / f"run-{num_events}"), data)
+        trainer = tiny.build_trainer(config, dataset)
+        trainer.fit()
+        spans.append(tiny.felrec_of(trainer).train_span)
+        assert trainer.steps_per_epoch == len(spans[-1]) // 16
+    # Whole batches of the last 70, next to the validation; and all that there are.
+    assert spans == [Span(train.stop - 64, train.stop), Span(train.stop - 240, train.stop)]
+    few = tiny.experiment(
+        dataset.url, "run", {"data": {"url": "", "batch_size": 16, "train_events": 15}}
+    )
+    with pytest.raises(ConfigError, match=r"no whole batch\n(.*\n)*.*15 training events"):
+        tiny.build_trainer(few, dataset)
 
 
 def test_a_deep_difference_is_named(dataset: PreparedDataset, tmp_path: Path) -> None:
