@@ -24,6 +24,7 @@ from felrec_dist.errors import ConfigError, FelrecError, RunStoppedError
 from launch.benchmark_cli import benchmark
 from launch.cache_cli import cache_app
 from launch.compare_cli import compare
+from launch.report_cli import report
 from launch.stopping import StopRequest, stop_requests
 from launch.submit_cli import submit
 from launch.suite_cli import suite
@@ -41,6 +42,7 @@ app = typer.Typer(
 app.add_typer(cache_app, name="cache")
 app.command()(benchmark)
 app.command()(compare)
+app.command()(report)
 app.command()(submit)
 app.command()(suite)
 
@@ -51,6 +53,7 @@ REPORT_WIDTH = 124
 EXTRA_PACKAGES = {
     "s3fs": "pip install 'felrec-dist[s3]'",
     "gcsfs": "pip install gcsfs",
+    **dict.fromkeys(("jinja2", "matplotlib", "sklearn"), "pip install 'felrec-dist[report]'"),
     "ray": "pip install 'felrec-dist[ray]'; to train and evaluate without it, add --local",
 }
 

@@ -39,6 +39,7 @@ from felrec_dist.storage import check_names_one_folder, exists, json_sha256, wri
 
 NOTE = "suite.json"
 LOGS = "logs"
+TABLES = "tables.json"
 
 
 class SuiteRun(Section):
@@ -292,6 +293,6 @@ def write_tables(suite: Suite) -> list[str]:
     if pages:
         text = "\n\n".join(pages) + "\n"
         write_whole(f"{suite.out}/tables.md", text.encode(), "the tables cannot be written")
-        write_json(f"{suite.out}/tables.json", {"tables": values})
+        write_json(f"{suite.out}/{TABLES}", {"tables": values})
         texts.append(f"{suite.out}/tables.md, .json")
     return texts

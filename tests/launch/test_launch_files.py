@@ -267,7 +267,7 @@ PINNED = "--constraint ROOT/launch/constraints.txt"
                 # TorchRec itself would bring the CUDA build of fbgemm-gpu along.
                 f"tensordict pyre-extensions torchmetrics tqdm {PINNED}",
                 f"--no-deps torchrec fbgemm-gpu-cpu {PINNED}",
-                f"--editable ROOT[ray,s3,test] {PINNED}",
+                f"--editable ROOT[ray,s3,report,test] {PINNED}",
             ],
         ),
         (
@@ -278,7 +278,7 @@ PINNED = "--constraint ROOT/launch/constraints.txt"
         (
             {"TORCH_BUILD": "cuda"},
             "felrec",
-            [f"--editable ROOT[ray,s3,torchrec,test] {PINNED}"],
+            [f"--editable ROOT[ray,s3,torchrec,report,test] {PINNED}"],
         ),
     ],
 )
