@@ -141,6 +141,12 @@ class ExperimentConfig(Section):
             )
         if self.evaluation.protocol != "causal":
             raise ValueError(f"evaluation.protocol must be causal: {variant} has no other")
+        evaluation = self.evaluation
+        if evaluation.cache != "validated" or evaluation.use_heads or evaluation.nearest_users:
+            raise ValueError(
+                "evaluation.cache, use_heads and nearest_users must be left alone: "
+                f"they are for FELRec, not for {variant}"
+            )
         if variant == "jodie" and self.cache.storage not in ("float32", "float64"):
             raise ValueError("cache.storage must be float32: jodie keeps times in its rows")
         if self.training.dtype != "float32" or self.training.autocast != "off":

@@ -336,9 +336,27 @@ def evaluate(
     protocol: Annotated[
         Literal["causal", "released"] | None, typer.Option(help="default: the config's")
     ] = None,
+    reset: Annotated[
+        bool,
+        typer.Option("--reset", help="empty cache, training and validation replayed into it"),
+    ] = False,
+    zero: Annotated[
+        bool, typer.Option("--zero", help="likewise, on another data set than the checkpoint's")
+    ] = False,
+    nn: Annotated[
+        bool, typer.Option("--nn", help="average the scores of the 10 nearest of 16,384 users")
+    ] = False,
+    use_heads: Annotated[
+        bool, typer.Option("--use-heads", help="compare behind the heads, as in training")
+    ] = False,
     local: Annotated[bool, typer.Option("--local", help="one process, no Ray")] = False,
 ) -> None:
-    """Test a checkpoint: its weights, and its cache as it was after the validation."""
+    """Test a checkpoint: its weights, and its cache as it was after the validation.
+
+    Each variant leaves a report of its own, as test-causal-reset.json. The options stand for
+    evaluation.cache=reset, evaluation.cache=zero, evaluation.nearest_users=10 and
+    evaluation.use_heads=true.
+    """
     from felrec_dist.config import load_config
     from launch.progress import TerminalProgress
 
@@ -346,7 +364,16 @@ def evaluate(
         raise ConfigError(
             "no checkpoint is given", where="felrec evaluate", expected="--checkpoint FOLDER"
         )
-    experiment = load_config(config, overrides or [])
+    if reset and zero:
+        raise typer.BadParameter("the data set is this one or another", param_hint="--reset --zero")
+    variants = {
+        "evaluation.cache=reset": reset,
+        "evaluation.cache=zero": zero,
+        "evaluation.nearest_users=10": nn,
+        "evaluation.use_heads=true": use_heads,
+    }
+    asked = [override for override, is_asked in variants.items() if is_asked]
+    experiment = load_config(config, [*(overrides or []), *asked])
     chosen = protocol or experiment.evaluation.protocol
     console = Console()
     with _stoppable(console) as should_stop, TerminalProgress(console) as progress:
@@ -374,7 +401,8 @@ def _print_report(
     from felrec_dist.evaluation.report import read_report, report_url
     from felrec_dist.evaluation.result import FULL_METRICS, metrics_table
 
-    report = read_report(experiment.run.url, protocol)
+    variant = experiment.evaluation.variant
+    report = read_report(experiment.run.url, protocol, variant)
     if report.chance_loss is not None:
         console.print(
             f"training loss of this epoch {report.training_loss:.3f}, "
@@ -397,7 +425,7 @@ def _print_report(
             metrics=FULL_METRICS,
         )
     )
-    typer.echo(f"{report_url(experiment.run.url, protocol)}.json, .parquet")
+    typer.echo(f"{report_url(experiment.run.url, protocol, variant)}.json, .parquet")
 
 
 def _check_append(*, name: str | None, overwrite: bool, engine: str) -> None:

@@ -10,7 +10,11 @@ import typer
 def compare(
     runs: Annotated[
         list[str],
-        typer.Argument(metavar="RUN...", help="folders of tested runs, each URL or LABEL=URL"),
+        typer.Argument(
+            metavar="RUN...",
+            help="folders of tested runs, or reports in them such as evaluation/test-causal-reset"
+            ".json; each URL or LABEL=URL",
+        ),
     ],
     metric: Annotated[
         list[str] | None,
@@ -23,7 +27,7 @@ def compare(
         Literal["text", "markdown", "json", "latex"], typer.Option("--format", help="of the table")
     ] = "text",
     protocol: Annotated[
-        Literal["causal", "released"], typer.Option(help="whose reports to read")
+        Literal["causal", "released"], typer.Option(help="whose report to read of a folder")
     ] = "causal",
     out: Annotated[
         str | None, typer.Option(help="file to write to, any fsspec URL; default: stdout")

@@ -31,7 +31,7 @@ from felrec_dist.config import ExperimentConfig
 from felrec_dist.data.dataset import PreparedDataset, Span
 from felrec_dist.data.histories import Histories, HistoryReader
 from felrec_dist.data.stream import EventBatch, EventStream, StreamPosition, whole_batches
-from felrec_dist.evaluation.candidate_set import is_served, num_candidate_items
+from felrec_dist.evaluation.candidate_set import CandidateSet, CandidateSets, is_served
 from felrec_dist.evaluation.candidates import (
     FETCHED_ROWS,
     Ballot,
@@ -40,7 +40,6 @@ from felrec_dist.evaluation.candidates import (
 )
 from felrec_dist.evaluation.counts import RankCounts
 from felrec_dist.evaluation.evaluator import Protocol
-from felrec_dist.evaluation.negatives import batch_generator, draw_without_replacement
 from felrec_dist.evaluation.result import PartResult
 from felrec_dist.training.checkpoint import Checkpoint, TablePart
 from felrec_dist.training.loader import BatchLoader, LoadedBatch
@@ -256,10 +255,10 @@ class JODIETraining(BaselineTraining[LoadedBatch]):
         self, span: Span, step: int, on_batch: Callable[[int], None]
     ) -> tuple[PartResult, int]:
         evaluation = self.config.evaluation
-        first_positions = self.dataset.items.first_positions
-        num_seen, num_seen_at_end = np.searchsorted(first_positions, [span.start, span.stop])
+        sets = CandidateSets(evaluation, self.dataset, span)
+        num_seen_at_end = np.searchsorted(self.dataset.items.first_positions, span.stop)
         candidates = JODIECandidates(self, int(num_seen_at_end))
-        candidates.fetch(step, int(num_seen))
+        candidates.fetch(step, sets.num_seen)
         batches: list[EventBatch] = []
         counts: list[RankCounts] = []
         stream = EventStream(self.dataset, span, self.config.data.batch_size)
@@ -273,22 +272,11 @@ class JODIETraining(BaselineTraining[LoadedBatch]):
                         [output.prediction_b2D.detach()], len(batch)
                     )
                 self._check_finite(prediction_B2D, batch)
-                num_candidates = num_candidate_items(
-                    evaluation.candidates, self.dataset, int(num_seen)
-                )
-                negatives_BM = draw_without_replacement(
-                    batch_generator(evaluation.seed, batch.first_position),
-                    num_candidates,
-                    batch.item_index,
-                    evaluation.num_negatives,
-                )
                 with self.clock("score"):
-                    counts.append(
-                        candidates.count(batch, prediction_B2D, num_candidates, negatives_BM)
-                    )
+                    counts.append(candidates.count(batch, prediction_B2D, sets.draw(batch)))
                 self.descend(self._means(output, loaded).sum(), self._last_learning_rate)
                 candidates.update(batch.item_index, self._write_back(loaded, output))
-                num_seen = max(num_seen, batch.item_index.max() + 1)
+                sets.add(batch)
                 batches.append(batch)
                 step = loaded.step + 1
                 on_batch(len(batch))
@@ -416,7 +404,7 @@ class JODIECandidates:
         mine = ids[self.world.rank :: self.world.world_size]
         for start in range(0, len(mine), FETCHED_ROWS):
             ids_M = mine[start : start + FETCHED_ROWS]
-            rows_MR, _ = self.training.representations.fetch_items(step, ids_M)
+            rows_MR, _ = self.training.representations.fetch(ITEM, step, ids_M)
             self._keep(torch.arange(start, start + len(ids_M)), rows_MR)
 
     def update(self, items_B: Int64s, rows_BR: Tensor) -> None:
@@ -426,9 +414,7 @@ class JODIECandidates:
         rows = torch.from_numpy(items_B[mine] // self.world.world_size)
         self._keep(rows, rows_BR[torch.from_numpy(mine).to(rows_BR.device)])
 
-    def count(
-        self, batch: EventBatch, prediction_B2D: Tensor, num_candidates: int, negatives_BM: Int64s
-    ) -> RankCounts:
+    def count(self, batch: EventBatch, prediction_B2D: Tensor, drawn: CandidateSet) -> RankCounts:
         """Counts the candidates before each target; equal on all ranks."""
         device = self.world.device
         with torch.no_grad():
@@ -438,10 +424,11 @@ class JODIECandidates:
             ballot = Ballot(
                 users_BD=prediction_B2D,
                 targets_B=torch.from_numpy(batch.item_index).to(device),
-                num_seen=num_candidates,
-                negatives_BM=torch.from_numpy(negatives_BM).to(device),
+                num_seen=drawn.num_items,
+                negatives_BM=torch.from_numpy(drawn.negatives_BM).to(device),
                 unseen_BD=unseen_2D.expand(len(batch), -1),
                 absent_is_zero=False,
+                available=drawn.available,
             )
             return count_ranks(self.training.exchange, self.matrix, ballot)
 

@@ -22,10 +22,10 @@ from felrec_dist.config import ExperimentConfig
 from felrec_dist.data.dataset import PreparedDataset, Span
 from felrec_dist.data.stream import EventBatch, EventStream, slice_bounds
 from felrec_dist.errors import TrainingError
+from felrec_dist.evaluation.candidate_set import CandidateSets
 from felrec_dist.evaluation.candidates import Ballot, CandidateMatrix, count_ranks
 from felrec_dist.evaluation.counts import RankCounts
 from felrec_dist.evaluation.evaluator import Protocol
-from felrec_dist.evaluation.negatives import batch_generator, draw_without_replacement
 from felrec_dist.evaluation.result import PartResult
 from felrec_dist.training.checkpoint import Checkpoint, TablePart
 from felrec_dist.training.clock import LOADER_PHASES, PhaseClock
@@ -208,16 +208,12 @@ class BaselineTraining(ABC, Generic[Batch]):
         with torch.no_grad():
             step = self.begin_span(span, step)
             candidates = self._candidates()
+            sets = CandidateSets(evaluation, self.dataset, span)
             for batch, _ in EventStream(self.dataset, span, self.config.data.batch_size).batches():
                 user_BD = self.represent_batch(batch, step + len(batches))
                 served_B = self.serves_users(batch) & (batch.item_index < num_items)
                 self._check_finite(user_BD, batch)
-                negatives_BM = draw_without_replacement(
-                    batch_generator(evaluation.seed, batch.first_position),
-                    num_items,
-                    batch.item_index,
-                    evaluation.num_negatives,
-                )
+                drawn = sets.draw(batch)
                 with self.clock("score"):
                     counts.append(
                         count_ranks(
@@ -226,13 +222,17 @@ class BaselineTraining(ABC, Generic[Batch]):
                             Ballot(
                                 users_BD=user_BD,
                                 targets_B=torch.from_numpy(batch.item_index).to(user_BD.device),
-                                num_seen=num_items,
-                                negatives_BM=torch.from_numpy(negatives_BM).to(user_BD.device),
+                                num_seen=drawn.num_items,
+                                negatives_BM=torch.from_numpy(drawn.negatives_BM).to(
+                                    user_BD.device
+                                ),
                                 unseen_BD=torch.zeros_like(user_BD),
                                 absent_is_zero=False,
+                                available=drawn.available,
                             ),
                         )
                     )
+                sets.add(batch)
                 batches.append(batch)
                 is_served.append(served_B)
                 on_batch(len(batch))
@@ -246,6 +246,9 @@ class BaselineTraining(ABC, Generic[Batch]):
             is_served=np.concatenate(is_served),
         )
         return result, step + len(batches)
+
+    def replay(self, span: Span, step: int, on_batch: Callable[[int], None]) -> int:
+        raise AssertionError("the config refuses a test from an empty cache")
 
     def _bounds(self, batch: EventBatch) -> tuple[int, int]:
         return slice_bounds(len(batch), self.world.rank, self.world.world_size)

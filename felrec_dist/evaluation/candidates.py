@@ -7,6 +7,7 @@ keeps the parts equal.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from felrec_dist.evaluation.candidate_set import AvailableItems
 from felrec_dist.evaluation.counts import RankCounts, count_above_and_tied
 from felrec_dist.model.felrec import FELRec
 from felrec_dist.training.exchange import Exchange
@@ -41,6 +43,7 @@ class Ballot:
         unseen_BD: unit vectors of the targets for the case that they are no candidates.
         absent_is_zero: candidates the cache does not hold score as a zero vector, not as their
             encoding.
+        available: which of these candidates each event has; None for all.
     """
 
     users_BD: Tensor
@@ -49,14 +52,33 @@ class Ballot:
     negatives_BM: Tensor
     unseen_BD: Tensor
     absent_is_zero: bool
+    available: AvailableItems | None = None
+
+
+def unit(rows_MD: Tensor) -> Tensor:
+    """Returns the rows scaled to length 1: their products are cosines."""
+    return F.normalize(rows_MD, dim=1)
 
 
 class CandidateMatrix:
-    """Unit representations of every W-th item of the catalogue."""
+    """Unit vectors of every W-th item of the catalogue."""
 
-    def __init__(self, world: World, num_items: int, width: int, dtype: torch.dtype) -> None:
-        """Room for this rank's part of ``num_items`` catalogue rows, all absent."""
+    def __init__(
+        self,
+        world: World,
+        num_items: int,
+        width: int,
+        dtype: torch.dtype,
+        vectors_of: Callable[[Tensor], Tensor] = unit,
+    ) -> None:
+        """Room for this rank's part of ``num_items`` catalogue rows, all absent.
+
+        Args:
+            width: D of the vectors.
+            vectors_of: makes them of representations (M, D).
+        """
         self.world = world
+        self.vectors_of = vectors_of
         rows = self._num_rows(num_items)
         self.rows_CD = torch.zeros(rows, width, dtype=dtype, device=world.device)
         self.is_present_C = torch.zeros(rows, dtype=torch.bool, device=world.device)
@@ -75,11 +97,11 @@ class CandidateMatrix:
         mine = ids_I[self.world.rank :: self.world.world_size]
         for start in range(0, len(mine), FETCHED_ROWS):
             chunk = slice(start, start + len(mine[start : start + FETCHED_ROWS]))
-            rows_MD, is_known_M = representations.fetch_items(step, mine[chunk])
+            rows_MD, is_known_M = representations.fetch(ITEM, step, mine[chunk])
             identity_MD = representations.empty_slots(ITEM, mine[chunk])
             unseen_MD = model.represent_unseen_items(len(rows_MD), identity_MD)
             rows_MD = torch.where(is_known_M[:, None], rows_MD, unseen_MD)
-            self.rows_CD[chunk] = F.normalize(rows_MD, dim=1)
+            self.rows_CD[chunk] = self.vectors_of(rows_MD)
             self.is_present_C[chunk] = is_known_M
 
     def update(self, items_B: Int64s, item_BD: Tensor) -> None:
@@ -87,7 +109,8 @@ class CandidateMatrix:
         last = last_events(items_B)
         mine = last[items_B[last] % self.world.world_size == self.world.rank]
         rows = torch.from_numpy(items_B[mine] // self.world.world_size).to(self.world.device)
-        self.rows_CD[rows] = F.normalize(item_BD[torch.from_numpy(mine).to(item_BD.device)], dim=1)
+        chosen = torch.from_numpy(mine).to(item_BD.device)
+        self.rows_CD[rows] = self.vectors_of(item_BD[chosen])
         self.is_present_C[rows] = True
 
     def target_scores(self, ballot: Ballot) -> Tensor:
@@ -116,6 +139,13 @@ class CandidateMatrix:
             ballot.targets_B // self.world.world_size,
             -1,
         )
+        available = None
+        if ballot.available is not None:
+            mine = ballot.available.last_seen_C[self.world.rank :: self.world.world_size]
+            available = (
+                torch.from_numpy(mine.copy()).to(self.world.device),
+                torch.from_numpy(ballot.available.earliest_B).to(self.world.device),
+            )
         block = max(1, BLOCK_SCORES[self.world.device.type] // max(1, num_events))
         for start in range(0, num_rows, block):
             stop = min(num_rows, start + block)
@@ -123,9 +153,11 @@ class CandidateMatrix:
             if ballot.absent_is_zero:
                 scores_BC *= self.is_present_C[start:stop]
             row_C = torch.arange(start, stop, device=self.world.device)
-            above_B, tied_B = count_above_and_tied(
-                scores_BC, target_scores_B, row_C != target_row_B[:, None]
-            )
+            is_candidate_BC = row_C != target_row_B[:, None]
+            if available is not None:
+                last_seen_C, earliest_B = available
+                is_candidate_BC &= last_seen_C[start:stop] >= earliest_B[:, None]
+            above_B, tied_B = count_above_and_tied(scores_BC, target_scores_B, is_candidate_BC)
             counts_4B[0] += above_B
             counts_4B[1] += tied_B
 
@@ -163,11 +195,15 @@ def count_ranks(exchange: Exchange, candidates: CandidateMatrix, ballot: Ballot)
     target_scores_B = exchange.sum(candidates.target_scores(ballot))
     counts_4B = exchange.sum(candidates.count(ballot, target_scores_B))
     above, tied, negatives_above, negatives_tied = counts_4B.cpu().numpy()
-    is_extra_B = (ballot.targets_B >= ballot.num_seen).cpu().numpy()
+    if ballot.available is not None:
+        num_candidates = ballot.available.num_candidates_B
+    else:
+        is_extra_B = (ballot.targets_B >= ballot.num_seen).cpu().numpy()
+        num_candidates = ballot.num_seen + is_extra_B.astype(np.int64)
     return RankCounts(
         above=above,
         tied=tied,
-        num_candidates=ballot.num_seen + is_extra_B.astype(np.int64),
+        num_candidates=num_candidates,
         negatives_above=negatives_above,
         negatives_tied=negatives_tied,
     )

@@ -14,7 +14,7 @@ from typing import Any
 
 from felrec_dist.errors import ConfigError
 from felrec_dist.evaluation.evaluator import Protocol
-from felrec_dist.evaluation.report import TestReport, read_report
+from felrec_dist.evaluation.report import TestReport, read_report, run_and_report
 from felrec_dist.evaluation.result import METRICS, Metrics, metrics_to_json
 
 NOTHING = "-"
@@ -40,7 +40,8 @@ class ReportedRun:
         """Reads the report of a run.
 
         Args:
-            run: its folder, any fsspec URL, or ``LABEL=URL``.
+            run: its folder, or one of its reports, any fsspec URL, or ``LABEL=URL``.
+            protocol: whose report is read of a folder.
 
         Raises:
             InputError, StorageError: there is no such report, or it cannot be read.
@@ -48,7 +49,7 @@ class ReportedRun:
         label, equals, url = run.partition("=")
         if not equals or not label or "/" in label:
             label, url = "", run
-        return cls(url, label or None, read_report(url, protocol))
+        return cls(run_and_report(url)[0], label or None, read_report(url, protocol))
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ class Comparison:
         """What the figures are of."""
         return (
             f"{_one_line(self.test.dataset)}: test of {self.test.split[2]:,} events, "
-            f"{self.test.protocol} protocol, {self.test.candidates} candidates, "
+            f"{self.test.protocol} protocol, {_candidates(self.test)} candidates, "
             f"{self.test.num_negatives} sampled negatives"
             + ("" if self.test.protocol == "causal" else "; most and recently popular: causal")
         )
@@ -181,11 +182,16 @@ def tested_as(report: TestReport) -> dict[str, str]:
         "data set": report.dataset_digest[:16],
         "split": " / ".join(f"{part:,}" for part in report.split),
         "protocol": report.protocol,
-        "candidates": report.candidates,
+        "candidates": _candidates(report),
         "k": str(report.k),
         "number of negatives": str(report.num_negatives),
         "seed of the negatives": str(report.seed),
     }
+
+
+def _candidates(report: TestReport) -> str:
+    days = report.variant_settings["available_within"]
+    return report.candidates if days is None else f"{report.candidates} (within {days:g} days)"
 
 
 def _model_rows(runs: Sequence[ReportedRun]) -> list[Row]:
@@ -310,6 +316,7 @@ def to_json(comparison: Comparison, metrics: Sequence[str]) -> str:
         "split": test.split,
         "protocol": test.protocol,
         "candidates": test.candidates,
+        "available_within": test.variant_settings["available_within"],
         "k": test.k,
         "num_negatives": test.num_negatives,
         "seed": test.seed,

@@ -11,31 +11,34 @@ earlier ones.
 
 With ``candidates = training`` only the items of the training part are candidates, under both.
 
+What is compared may be behind the heads of the training (``use_heads``), and a user may stand for
+the mean of those nearest to it (``nearest_users``).
+
 Shape legend: B events of a batch, b of this rank's slice, D width, M negatives.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn import functional as F
 
 from felrec_dist.data.dataset import PreparedDataset, Span
 from felrec_dist.data.stream import EventBatch, EventStream
 from felrec_dist.errors import TrainingError
-from felrec_dist.evaluation.candidate_set import Candidates, is_served, num_candidate_items
-from felrec_dist.evaluation.candidates import Ballot, CandidateMatrix, count_ranks
-from felrec_dist.evaluation.counts import RankCounts
-from felrec_dist.evaluation.negatives import (
-    batch_generator,
-    draw_with_replacement,
-    draw_without_replacement,
+from felrec_dist.evaluation.candidate_set import (
+    Candidates,
+    CandidateSet,
+    CandidateSets,
+    is_served,
 )
+from felrec_dist.evaluation.candidates import Ballot, CandidateMatrix, count_ranks, unit
+from felrec_dist.evaluation.counts import RankCounts
+from felrec_dist.evaluation.nearest_users import SampledUsers
 from felrec_dist.evaluation.result import PartResult
 from felrec_dist.model.felrec import FELRec
 from felrec_dist.section import Section
@@ -57,7 +60,41 @@ class EvaluationConfig(Section):
     )
     num_negatives: int = Field(100, ge=1, description="sampled negatives of HR@k")
     k: int = Field(10, ge=1, description="k of HR@k")
-    seed: int = Field(0, ge=0, description="of the negatives")
+    seed: int = Field(0, ge=0, description="of the negatives, and of the sampled users")
+    cache: Literal["validated", "reset", "zero"] = Field(
+        "validated",
+        description="what a test begins with: the checkpoint's cache, or an empty one into which "
+        "training and validation part are replayed, with weights of this (reset) or of another "
+        "data set (zero)",
+    )
+    use_heads: bool = Field(False, description="compare what the heads of the training give")
+    nearest_users: int | None = Field(
+        None, ge=1, description="average the scores of so many nearest users; the paper's is 10"
+    )
+    sampled_users: int = Field(16_384, ge=1, description="among which the nearest ones are found")
+    available_within: float | None = Field(
+        None,
+        gt=0.0,
+        le=100_000.0,
+        description="days; leave out candidates whose last interaction is older, null for none",
+    )
+
+    @property
+    def variant(self) -> str:
+        """What tells this evaluation from the plain one, for names; empty for the plain one."""
+        parts = [] if self.cache == "validated" else [str(self.cache)]
+        if self.use_heads:
+            parts.append("heads")
+        if self.nearest_users is not None:
+            parts.append("nn" if self.nearest_users == 10 else f"nn{self.nearest_users}")
+        if self.available_within is not None:
+            parts.append(f"within-{self.available_within:g}d")
+        return "-".join(parts)
+
+    def variant_settings(self) -> dict[str, Any]:
+        """Returns all that the variant's name stands for, as JSON."""
+        names = {"cache", "use_heads", "nearest_users", "sampled_users", "available_within"}
+        return self.model_dump(mode="json", include=names)
 
 
 class Evaluator:
@@ -119,14 +156,16 @@ class Evaluator:
     ) -> tuple[dict[Protocol, PartResult], int]:
         items = self.dataset.items
         num_seen_at_end = int(np.searchsorted(items.first_positions, span.stop))
-        num_seen = int(np.searchsorted(items.first_positions, span.start))
+        sets = CandidateSets(self.config, self.dataset, span)
         candidates = CandidateMatrix(
             self.world,
             num_seen_at_end,
-            self.representations.client.tables[ITEM].width,
+            self._item_width(),
             self.representations.dtype,
+            self._item_vectors,
         )
-        candidates.load(self.model, self.representations, step, items.ids[:num_seen])
+        candidates.load(self.model, self.representations, step, items.ids[: sets.num_seen])
+        sampled = self._sample_users(span, step)
         counts: dict[Protocol, list[RankCounts]] = {protocol: [] for protocol in protocols}
         batches: list[EventBatch] = []
 
@@ -136,19 +175,8 @@ class Evaluator:
                 batch = loaded.batch
                 user_BD, item_BD = self._represent(loaded)
                 if "causal" in counts:
-                    num_candidates = self._num_candidate_items(num_seen)
-                    ballot = self._ballot(
-                        batch,
-                        user_BD,
-                        num_candidates,
-                        draw_without_replacement(
-                            batch_generator(self.config.seed, batch.first_position),
-                            num_candidates,
-                            batch.item_index,
-                            self.config.num_negatives,
-                        ),
-                        absent_is_zero=False,
-                    )
+                    users_BD = self._compared_users(user_BD, sampled)
+                    ballot = self._ballot(batch, users_BD, sets.draw(batch), absent_is_zero=False)
                     counts["causal"].append(self._count(ballot, candidates))
 
                 with self.clock("write_back"):
@@ -156,22 +184,14 @@ class Evaluator:
                         loaded.step, batch, user_BD, item_BD
                     )
                     candidates.update(batch.item_index, item_BD)
-                num_seen = max(num_seen, int(batch.item_index.max()) + 1)
+                    if sampled is not None:
+                        sampled.update(batch, user_BD)
+                sets.add(batch)
 
                 if "released" in counts:
-                    num_candidates = self._num_candidate_items(num_seen)
-                    ballot = self._ballot(
-                        batch,
-                        user_BD[_last_of_same(batch.user)],
-                        num_candidates,
-                        draw_with_replacement(
-                            batch_generator(self.config.seed, batch.first_position),
-                            num_candidates,
-                            len(batch),
-                            self.config.num_negatives,
-                        ),
-                        absent_is_zero=True,
-                    )
+                    users_BD = self._compared_users(user_BD[_last_of_same(batch.user)], sampled)
+                    drawn = sets.draw(batch, with_replacement=True)
+                    ballot = self._ballot(batch, users_BD, drawn, absent_is_zero=True)
                     counts["released"].append(self._count(ballot, candidates))
                 batches.append(batch)
                 step = loaded.step + 1
@@ -192,8 +212,61 @@ class Evaluator:
         }
         return results, step
 
-    def _num_candidate_items(self, num_seen: int) -> int:
-        return num_candidate_items(self.config.candidates, self.dataset, num_seen)
+    def replay(
+        self, span: Span, step: int, on_batch: Callable[[int], None] = lambda num_events: None
+    ) -> int:
+        """Writes what the model makes of a span, scoring nothing; returns the step after it.
+
+        Args:
+            span, step, on_batch: of ``evaluate``.
+        """
+        was_training = self.model.training
+        self.model.eval()
+        stream = EventStream(self.dataset, span, self.batch_size)
+        try:
+            with torch.inference_mode(), self.loader.batches(stream, step) as loaded_batches:
+                for loaded in loaded_batches:
+                    user_BD, item_BD = self._represent(loaded)
+                    with self.clock("write_back"):
+                        self.representations.write_back(loaded.step, loaded.batch, user_BD, item_BD)
+                    step = loaded.step + 1
+                    on_batch(len(loaded.batch))
+        finally:
+            self.model.train(was_training)
+        return step
+
+    def _item_vectors(self, item_MD: Tensor) -> Tensor:
+        return self.model.compared_items(item_MD) if self.config.use_heads else unit(item_MD)
+
+    def _user_vectors(self, user_MD: Tensor) -> Tensor:
+        return self.model.compared_users(user_MD) if self.config.use_heads else unit(user_MD)
+
+    def _item_width(self) -> int:
+        """Heads may give vectors of another width."""
+        width = self.representations.client.tables[ITEM].width
+        one_1D = torch.zeros(1, width, dtype=self.representations.dtype, device=self.world.device)
+        return self._item_vectors(one_1D).shape[1]
+
+    def _sample_users(self, span: Span, step: int) -> SampledUsers | None:
+        if self.config.nearest_users is None:
+            return None
+        return SampledUsers(
+            self.dataset,
+            span,
+            step,
+            self.representations,
+            vectors_of=self._user_vectors,
+            num_users=self.config.sampled_users,
+            seed=self.config.seed,
+        )
+
+    def _compared_users(self, user_BD: Tensor, sampled: SampledUsers | None) -> Tensor:
+        """Returns the vectors (B, C) that items are scored with."""
+        users_BC = self._user_vectors(user_BD)
+        if sampled is None or self.config.nearest_users is None:
+            return users_BC
+        with self.clock("score"):
+            return sampled.mean_of_nearest(self.exchange, users_BC, self.config.nearest_users)
 
     def _represent(self, loaded: LoadedBatch) -> tuple[Tensor, Tensor]:
         """Returns the representations of the whole batch, (B, D) each; nothing is written."""
@@ -216,24 +289,19 @@ class Evaluator:
         return user_BD, item_BD
 
     def _ballot(
-        self,
-        batch: EventBatch,
-        user_BD: Tensor,
-        num_candidates: int,
-        negatives_BM: np.typing.NDArray[np.int64],
-        *,
-        absent_is_zero: bool,
+        self, batch: EventBatch, users_BD: Tensor, drawn: CandidateSet, *, absent_is_zero: bool
     ) -> Ballot:
         device = self.world.device
         identity_BD = self.representations.empty_slots(ITEM, batch.item)
         unseen_BD = self.model.represent_unseen_items(len(batch), identity_BD)
         return Ballot(
-            users_BD=F.normalize(user_BD, dim=1),
+            users_BD=users_BD,
             targets_B=torch.from_numpy(batch.item_index).to(device),
-            num_seen=num_candidates,
-            negatives_BM=torch.from_numpy(negatives_BM).to(device),
-            unseen_BD=F.normalize(unseen_BD, dim=1),
+            num_seen=drawn.num_items,
+            negatives_BM=torch.from_numpy(drawn.negatives_BM).to(device),
+            unseen_BD=self._item_vectors(unseen_BD),
             absent_is_zero=absent_is_zero,
+            available=drawn.available,
         )
 
     def _count(self, ballot: Ballot, candidates: CandidateMatrix) -> RankCounts:

@@ -15,10 +15,9 @@ import numpy.typing as npt
 
 from felrec_dist.data.dataset import PreparedDataset, Span
 from felrec_dist.data.stream import EventBatch, EventStream
-from felrec_dist.evaluation.candidate_set import is_served, num_candidate_items
+from felrec_dist.evaluation.candidate_set import CandidateSet, CandidateSets, is_served
 from felrec_dist.evaluation.counts import RankCounts
 from felrec_dist.evaluation.evaluator import EvaluationConfig
-from felrec_dist.evaluation.negatives import batch_generator, draw_without_replacement
 from felrec_dist.evaluation.result import Metrics, PartResult, means_by_partition
 
 Int64s = npt.NDArray[np.int64]
@@ -102,35 +101,26 @@ def _rank(
     batches: Iterator[tuple[EventBatch, Int64s]],
 ) -> PartResult:
     """Ranks each batch's targets by the popularity that comes with it."""
-    num_seen = int(np.searchsorted(dataset.items.first_positions, span.start))
+    sets = CandidateSets(config, dataset, span)
     parts: list[RankCounts] = []
     done: list[EventBatch] = []
     for batch, popularity_I in batches:
-        num_candidates = num_candidate_items(config.candidates, dataset, num_seen)
-        ascending = np.sort(popularity_I[:num_candidates])
-        target = popularity_I[batch.item_index]
-        is_candidate = batch.item_index < num_candidates
-        not_above = np.searchsorted(ascending, target, side="right")
-        below = np.searchsorted(ascending, target, side="left")
-        negatives = draw_without_replacement(
-            batch_generator(config.seed, batch.first_position),
-            num_candidates,
-            batch.item_index,
-            config.num_negatives,
-        )
-        is_drawn = negatives >= 0
-        negative_popularity = popularity_I[np.maximum(negatives, 0)]
+        drawn = sets.draw(batch)
+        target_B = popularity_I[batch.item_index]
+        is_drawn_BM = drawn.negatives_BM >= 0
+        negative_BM = popularity_I[np.maximum(drawn.negatives_BM, 0)]
+        above_B, tied_B, num_candidates_B = _count(popularity_I, batch.item_index, drawn)
         parts.append(
             RankCounts(
-                above=num_candidates - not_above,
-                tied=not_above - below - is_candidate,
-                num_candidates=num_candidates + ~is_candidate,
-                negatives_above=(is_drawn & (negative_popularity > target[:, None])).sum(axis=1),
-                negatives_tied=(is_drawn & (negative_popularity == target[:, None])).sum(axis=1),
+                above=above_B,
+                tied=tied_B,
+                num_candidates=num_candidates_B,
+                negatives_above=(is_drawn_BM & (negative_BM > target_B[:, None])).sum(axis=1),
+                negatives_tied=(is_drawn_BM & (negative_BM == target_B[:, None])).sum(axis=1),
             )
         )
         done.append(batch)
-        num_seen = max(num_seen, int(batch.item_index.max()) + 1)
+        sets.add(batch)
     item_index = np.concatenate([batch.item_index for batch in done])
     return PartResult.of(
         dataset,
@@ -141,6 +131,30 @@ def _rank(
         k=config.k,
         is_served=is_served(config.candidates, dataset, item_index),
     )
+
+
+def _count(
+    popularity_I: Int64s, targets_B: Int64s, drawn: CandidateSet
+) -> tuple[Int64s, Int64s, Int64s]:
+    """Returns (B,) each: candidates above the target, others equal to it, candidates in all."""
+    popularity_C = popularity_I[: drawn.num_items]
+    target_B = popularity_I[targets_B]
+    is_candidate_B = targets_B < drawn.num_items
+    if drawn.available is None:
+        ascending_C = np.sort(popularity_C)
+        not_above_B = np.searchsorted(ascending_C, target_B, side="right")
+        below_B = np.searchsorted(ascending_C, target_B, side="left")
+        above_B = drawn.num_items - not_above_B
+        return above_B, not_above_B - below_B - is_candidate_B, drawn.num_items + ~is_candidate_B
+    above_B, tied_B = np.empty_like(targets_B), np.empty_like(targets_B)
+    last_seen_C, earliest_B = drawn.available.last_seen_C, drawn.available.earliest_B
+    for event, (target, popularity) in enumerate(zip(targets_B, target_B, strict=True)):
+        is_available_C = last_seen_C >= earliest_B[event]
+        if target < drawn.num_items:
+            is_available_C[target] = False
+        above_B[event] = (popularity_C[is_available_C] > popularity).sum()
+        tied_B[event] = (popularity_C[is_available_C] == popularity).sum()
+    return above_B, tied_B, drawn.available.num_candidates_B
 
 
 def random_scores(like: PartResult, *, num_negatives: int, k: int) -> dict[str, Metrics]:

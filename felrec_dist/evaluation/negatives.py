@@ -17,7 +17,7 @@ def batch_generator(seed: int, first_position: int) -> np.random.Generator:
 
 
 def draw_without_replacement(
-    generator: np.random.Generator, num_seen: int, targets_B: Int64s, num_negatives: int
+    generator: np.random.Generator, num_seen: int | Int64s, targets_B: Int64s, num_negatives: int
 ) -> Int64s:
     """Returns (B, M) catalogue rows, distinct within an event and never its target.
 
@@ -28,7 +28,7 @@ def draw_without_replacement(
 
     Args:
         generator: the batch's random stream.
-        num_seen: rows 0..num_seen - 1 of the catalogue are candidates.
+        num_seen: rows 0..num_seen - 1 of the catalogue are candidates; one number, or (B,).
         targets_B: each event's catalogue row, possibly beyond the candidates.
         num_negatives: M.
     """
@@ -51,7 +51,12 @@ def draw_without_replacement(
 
 
 def draw_with_replacement(
-    generator: np.random.Generator, num_seen: int, num_events: int, num_negatives: int
+    generator: np.random.Generator, num_seen: int | Int64s, num_events: int, num_negatives: int
 ) -> Int64s:
-    """Returns (B, M) catalogue rows; repeats and the target may occur (``released``)."""
-    return generator.integers(0, num_seen, size=(num_events, num_negatives))
+    """Returns (B, M) catalogue rows; repeats and the target may occur (``released``).
+
+    Args:
+        num_seen: of ``draw_without_replacement``; an event without candidates gets row 0.
+    """
+    stop = num_seen if isinstance(num_seen, int) else np.maximum(num_seen, 1)[:, None]
+    return generator.integers(0, stop, size=(num_events, num_negatives))

@@ -26,6 +26,9 @@ class TestReport:
 
     Attributes:
         model: name of the model's row; the other rows are the free baselines.
+        variant: what tells this test from the plain one, such as ``reset``; empty for the plain
+            one. The row's name holds it, too.
+        variant_settings: of ``EvaluationConfig``, what the name stands for.
         dataset: the data set's name.
         dataset_digest: of its events and its split.
         split: numbers of training, validation and test events.
@@ -46,6 +49,8 @@ class TestReport:
     """
 
     model: str
+    variant: str
+    variant_settings: dict[str, Any]
     dataset: str
     dataset_digest: str
     split: list[int]
@@ -76,9 +81,20 @@ class TestReport:
         return cls(**{**value, "rows": rows})
 
 
-def report_url(run_url: str, protocol: Protocol) -> str:
+def report_url(run_url: str, protocol: Protocol, variant: str = "") -> str:
     """Returns where the test report of a run is, without its ending (.json, .parquet)."""
-    return f"{run_url.rstrip('/')}/evaluation/test-{protocol}"
+    name = f"test-{protocol}-{variant}" if variant else f"test-{protocol}"
+    return f"{run_url.rstrip('/')}/evaluation/{name}"
+
+
+def run_and_report(url: str) -> tuple[str, str | None]:
+    """Returns a run's folder and the report in it that is named, None if it is the folder's.
+
+    Args:
+        url: of a run, or of one of its reports, ``<run>/evaluation/test-*.json``.
+    """
+    run_url, evaluation, name = url.partition("/evaluation/test-")
+    return (run_url, url) if evaluation and name.endswith(".json") else (url, None)
 
 
 def write_report(run_url: str, report: TestReport) -> None:
@@ -87,24 +103,30 @@ def write_report(run_url: str, report: TestReport) -> None:
     Raises:
         StorageError: it cannot be written.
     """
-    write_json(f"{report_url(run_url, report.protocol)}.json", report.to_json())
+    write_json(f"{report_url(run_url, report.protocol, report.variant)}.json", report.to_json())
 
 
-def read_report(run_url: str, protocol: Protocol) -> TestReport:
+def read_report(run_url: str, protocol: Protocol, variant: str = "") -> TestReport:
     """Returns the report that a training or an evaluation left in the run's folder.
+
+    Args:
+        run_url: the folder; or one of its reports, whose protocol and variant then count.
 
     Raises:
         StorageError: it cannot be read.
         InputError: there is none, or it is that of another felrec-dist.
     """
-    url = f"{report_url(run_url, protocol)}.json"
+    _, named = run_and_report(run_url)
+    url = named or f"{report_url(run_url, protocol, variant)}.json"
     with storage_errors("the report of a test cannot be read", url):
         try:
             with fsspec.open(url, "rb") as file:
                 content = file.read()
         except (FileNotFoundError, NotADirectoryError) as error:
             raise InputError(
-                f"the run has no report of a test under the {protocol} protocol",
+                "there is no such report of a test"
+                if named
+                else f"the run has no report of a test under the {protocol} protocol",
                 where=url,
                 expected="the folder of a run that was tested",
                 remedy="felrec train leaves a report when it ends, felrec evaluate --protocol "

@@ -163,6 +163,18 @@ class FELRec(nn.Module):
             encoded_BD = self.encoder(history_BSD, packing, type_D, empty_BD, dropout_keys_B)
         return cast(Tensor, encoded_BD.to(type_D.dtype))
 
+    def compared_users(self, user_BD: Tensor) -> Tensor:
+        """Returns unit vectors (B, C) of users: with those of items their products are what the
+        training makes agree, behind the heads.
+
+        For a model in evaluation mode: the heads' BatchNorm takes its running statistics.
+        """
+        raise NotImplementedError
+
+    def compared_items(self, item_BD: Tensor) -> Tensor:
+        """Returns unit vectors (B, C) of items, as ``compared_users`` of users."""
+        raise NotImplementedError
+
     @property
     def num_parameters(self) -> int:
         """What is trained, as the paper's Table 1 counts it: neither the cache nor the queues."""
@@ -195,8 +207,7 @@ class FELRecQ(FELRec):
 
     def forward(self, inputs: EncoderInputs) -> ModelOutput:
         user_BD, item_BD = self.represent(inputs)
-        p_user_BD = F.normalize(self.user_projection(user_BD), dim=1)
-        p_item_BD = F.normalize(self.item_projection(item_BD), dim=1)
+        p_user_BD, p_item_BD = self.compared_users(user_BD), self.compared_items(item_BD)
         user_loss = self.contrast(p_user_BD, p_item_BD.detach(), self.item_queue)
         item_loss = self.contrast(p_item_BD, p_user_BD.detach(), self.user_queue)
         return ModelOutput(
@@ -207,6 +218,12 @@ class FELRecQ(FELRec):
             item_BD=item_BD.detach(),
             projections_BD=(p_user_BD.detach(), p_item_BD.detach()),
         )
+
+    def compared_users(self, user_BD: Tensor) -> Tensor:
+        return F.normalize(self.user_projection(user_BD), dim=1)
+
+    def compared_items(self, item_BD: Tensor) -> Tensor:
+        return F.normalize(self.item_projection(item_BD), dim=1)
 
     def _contrast_with_queue(
         self, query_BD: Tensor, positive_BD: Tensor, queue: ProjectionQueue
@@ -266,6 +283,16 @@ class FELRecP(FELRec):
             item_BD=item_BD.detach(),
         )
 
+    def compared_users(self, user_BD: Tensor) -> Tensor:
+        """Prediction, then projection: with an item's, the mean of both branches' cosines."""
+        p_user_Bd = self.user_projection(user_BD)
+        return _unit_pair(self.user_prediction(p_user_Bd), p_user_Bd)
+
+    def compared_items(self, item_BD: Tensor) -> Tensor:
+        """Projection, then prediction."""
+        p_item_Bd = self.item_projection(item_BD)
+        return _unit_pair(p_item_Bd, self.item_prediction(p_item_Bd))
+
 
 class Head(nn.Module):
     """Linear, BatchNorm over the whole batch, ReLU, Linear."""
@@ -283,6 +310,12 @@ class Head(nn.Module):
 def _disagreement(prediction_Bd: Tensor, target_Bd: Tensor) -> Tensor:
     """2 - 2 cos, mean over the batch."""
     return 2.0 - 2.0 * F.cosine_similarity(prediction_Bd, target_Bd, dim=1).mean()
+
+
+def _unit_pair(first_Bd: Tensor, second_Bd: Tensor) -> Tensor:
+    """Returns [first | second] (B, 2d), each of them scaled to the length sqrt(1/2)."""
+    pair_B2d = torch.cat([F.normalize(first_Bd, dim=1), F.normalize(second_Bd, dim=1)], dim=1)
+    return pair_B2d / math.sqrt(2.0)
 
 
 VARIANTS: Mapping[str, type[FELRecQ] | type[FELRecP]] = {"felrec-q": FELRecQ, "felrec-p": FELRecP}

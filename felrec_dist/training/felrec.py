@@ -122,6 +122,12 @@ class FELRecTraining:
         results, step = self.evaluator.evaluate(span, step, [protocol], on_batch=on_batch)
         return results[protocol], step
 
+    def replay(self, span: Span, step: int, on_batch: Callable[[int], None]) -> int:
+        """The events that the training leaves out are left out here, too."""
+        if span == self.dataset.split.train:
+            span = self.train_span
+        return self.evaluator.replay(span, step, on_batch)
+
     def begin(self, generation: int, step: int) -> None:
         self.representations.begin(generation, step)
 

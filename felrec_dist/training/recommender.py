@@ -88,6 +88,13 @@ class Recommender(Protocol[Batch]):
             on_batch: takes the number of events after each batch.
         """
 
+    def replay(self, span: Span, step: int, on_batch: Callable[[int], None]) -> int:
+        """Writes what the model makes of a span to the cache, learning and scoring nothing.
+
+        Args:
+            span, step, on_batch: of ``evaluate``; returns the step after it, too.
+        """
+
     def begin(self, generation: int, step: int) -> None:
         """Follows a ``clear`` or ``restore`` of the cache; ``step`` is the next one."""
 

@@ -232,10 +232,12 @@ class Representations:
             write_wait_s=written.write_wait_s,
         )
 
-    def fetch_items(self, step: int, ids_M: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        """Returns the representations (M, D) of items and which of them the cache knows (M,)."""
+    def fetch(self, side: str, step: int, ids_M: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        """Returns representations (M, D) as they are when ``step`` begins, and which of them the
+        cache knows (M,).
+        """
         self._writer.flush()
-        rows = self.client.fetch(step, {ITEM: ids_M})[ITEM]
+        rows = self.client.fetch(step, {side: ids_M})[side]
         return (
             torch.from_numpy(rows.rows).to(self.device, self.dtype),
             torch.from_numpy(rows.found).to(self.device),

@@ -135,8 +135,11 @@ def _write_report(
     popular = most_popular(dataset, split.test, evaluation, batch_size=batch_size)
     recent = recently_popular(dataset, split.test, evaluation, batch_size=batch_size)
     chance = random_scores(popular, num_negatives=evaluation.num_negatives, k=evaluation.k)
+    model = f"{config.model.variant} ({evaluation.variant})".removesuffix(" ()")
     report = TestReport(
-        model=config.model.variant,
+        model=model,
+        variant=evaluation.variant,
+        variant_settings=evaluation.variant_settings(),
         dataset=dataset.name,
         dataset_digest=dataset.digest,
         split=[len(split.train), len(split.validation), len(split.test)],
@@ -154,13 +157,13 @@ def _write_report(
         step_seconds=times.step_seconds,
         epoch_seconds=times.epoch_seconds,
         rows={
-            config.model.variant: result.metrics(),
+            model: result.metrics(),
             "most popular": popular.metrics(),
             "recently popular": recent.metrics(),
             "random": chance,
         },
     )
-    result.write_parquet(f"{report_url(config.run.url, protocol)}.parquet")
+    result.write_parquet(f"{report_url(config.run.url, protocol, evaluation.variant)}.parquet")
     write_report(config.run.url, report)
 
 

@@ -152,6 +152,14 @@ class Trainer:
             RunStoppedError: ``should_stop`` said so on some rank.
         """
         config = self.config
+        if config.evaluation.cache == "zero":
+            raise ConfigError(
+                "a training tests its weights on its own data set",
+                where="evaluation.cache",
+                got="zero",
+                expected="validated or reset",
+                remedy="give evaluation.cache=zero to felrec evaluate, with another data.url",
+            )
         start = self._start(resume)
         with RunLog(
             config.run.url,
@@ -319,8 +327,15 @@ class Trainer:
         protocol: EvaluationProtocol | None = None,
     ) -> tuple[PartResult, int]:
         """Evaluates and writes a span; returns its result and the cache's next step."""
-        self.progress.begin(stage, len(span))
         chosen = protocol or self.config.evaluation.protocol
+        on_batch = self._watched(stage, len(span))
+        result, step = self.recommender.evaluate(span, step, chosen, on_batch)
+        self.recommender.flush()
+        return result, step
+
+    def _watched(self, stage: str, num_events: int) -> Callable[[int], None]:
+        """Begins a stage; returns what is called after each of its batches."""
+        self.progress.begin(stage, num_events)
         num_batches = 0
 
         def on_batch(num_events: int) -> None:
@@ -330,14 +345,15 @@ class Trainer:
             if self._is_stopping(num_batches):
                 raise self._stopped(stage)
 
-        result, step = self.recommender.evaluate(span, step, chosen, on_batch)
-        self.recommender.flush()
-        return result, step
+        return on_batch
 
     def test(
         self, checkpoint: Checkpoint, protocol: EvaluationProtocol | None = None
     ) -> PartResult:
         """Tests a checkpoint: weights and cache as they were after its validation.
+
+        With ``evaluation.cache`` of another kind, the cache is what the weights make of training
+        and validation part.
 
         Raises:
             CheckpointError: it was taken within an epoch, or does not fit.
@@ -351,11 +367,26 @@ class Trainer:
                 remedy="give a folder such as <run>/checkpoints/epoch-0003",
             )
         # A life of its own, after those of all epochs.
-        self.restore(checkpoint, generation=_generation(self.config.training.schedule.epochs))
-        result, _ = self.evaluate(
-            self.dataset.split.test, checkpoint.position.cache_step, "test", protocol
-        )
+        generation = _generation(self.config.training.schedule.epochs)
+        step = checkpoint.position.cache_step
+        if self.config.evaluation.cache == "validated":
+            self.restore(checkpoint, generation=generation)
+        else:
+            self.restore(checkpoint, generation=None)
+            step = self._replay(generation)
+        result, _ = self.evaluate(self.dataset.split.test, step, "test", protocol)
         return result
+
+    def _replay(self, generation: int) -> int:
+        """Fills an empty cache with training and validation part; returns the step after them."""
+        self._begin_cache(generation)
+        step = 0
+        split = self.dataset.split
+        for part, span in (("training", split.train), ("validation", split.validation)):
+            stage = f"replay of the {part} part"
+            step = self.recommender.replay(span, step, self._watched(stage, len(span)))
+        self.recommender.flush()
+        return step
 
     def save(self, position: RunPosition, losses: EpochLosses) -> None:
         """Commits a checkpoint; of the earlier ones the newest and the best stay.
@@ -439,19 +470,25 @@ class Trainer:
             checkpoint: of this run's experiment.
             generation: the cache's new life; None leaves the cache alone.
         """
-        if checkpoint.dataset_digest != self.dataset.digest:
+        is_zero = self.config.evaluation.cache == "zero"
+        if (checkpoint.dataset_digest != self.dataset.digest) != is_zero:
             raise CheckpointError(
-                "the checkpoint was made with another data set",
+                f"the checkpoint was made with {'this' if is_zero else 'another'} data set",
                 where=checkpoint.url,
                 got=f"digest {checkpoint.dataset_digest}",
-                expected=f"digest {self.dataset.digest} ({self.dataset.url})",
-                remedy="set data.url to the data set of the run",
+                expected=f"{'another than ' * is_zero}digest {self.dataset.digest} "
+                f"({self.dataset.url})",
+                remedy="set data.url to another data set, or evaluation.cache=reset"
+                if is_zero
+                else "set data.url to the data set of the run; evaluation.cache=zero tests its "
+                "weights on another one",
             )
         with _content_errors(checkpoint):
             # A run goes on only as it began: what changes the model must not change on the way.
-            _check_equal(
-                checkpoint, self.config, ("model", "training", "data.batch_size", "cache.storage")
-            )
+            paths = ["model", "training"]
+            if not is_zero:
+                paths += ["data.batch_size", "cache.storage"]
+            _check_equal(checkpoint, self.config, paths)
             self.recommender.load(checkpoint)
         self._chain = None
         if generation is None or not self.client.tables:

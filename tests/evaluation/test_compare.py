@@ -37,6 +37,8 @@ def report(model: str, *ranks: float | None, **changes: Any) -> reports.TestRepo
     popular = metrics_of(0.25, 0.2351, 0.572, 0.332)
     base = reports.TestReport(
         model=model,
+        variant="",
+        variant_settings={"available_within": None},
         dataset="demo",
         dataset_digest="0123456789abcdef" * 4,
         split=[48_000, 6_000, 6_000],
@@ -135,6 +137,7 @@ def test_json_has_everything() -> None:
         "split": [48_000, 6_000, 6_000],
         "protocol": "causal",
         "candidates": "training",
+        "available_within": None,
         "k": 10,
         "num_negatives": 100,
         "seed": 0,
@@ -254,6 +257,12 @@ AGAIN = r"felrec evaluate RUN/config\.yaml"
         ),
         ({"protocol": "released"}, "protocol released", "protocol causal", AGAIN),
         ({"candidates": "growing"}, "candidates growing", "candidates training", AGAIN),
+        (
+            {"variant_settings": {"available_within": 7.5}},
+            r"candidates training \(within 7\.5 days\)",
+            "candidates training",
+            AGAIN,
+        ),
         ({"k": 5}, "k 5", "k 10", AGAIN),
         ({"num_negatives": 20}, "number of negatives 20", "number of negatives 100", AGAIN),
         ({"seed": 1}, "seed of the negatives 1", "seed of the negatives 0", AGAIN),
@@ -305,6 +314,26 @@ def test_a_label_is_what_stands_before_the_first_equals_sign(
     run = ReportedRun.read(given, "causal")
     assert (run.label, run.url) == (label, url)
     assert repr(run.report) == repr(written), "NaN is unequal to itself; as text it is not"
+
+
+def test_a_report_is_a_row_beside_the_plain_one_of_its_run() -> None:
+    url = "memory://variants"
+    write_report(url, report("felrec-q", 0.1, 0.1, 0.1, 0.1))
+    write_report(url, report("felrec-q (reset)", 0.2, 0.2, 0.2, 0.2, variant="reset"))
+    reset = f"{report_url(url, 'causal', 'reset')}.json"
+    assert reset == "memory://variants/evaluation/test-causal-reset.json"
+    comparison = compare([ReportedRun.read(run, "causal") for run in (url, reset)])
+    assert [row.label for row in comparison.rows] == [
+        "felrec-q",
+        "felrec-q (reset)",
+        "most popular",
+    ]
+    assert [row.url for row in comparison.rows] == [url, url, None]
+    run = ReportedRun.read(f"Q, reset={reset}", "released")
+    assert (run.label, run.report.variant) == ("Q, reset", "reset")
+    message = r"no such report.*\n  where: .*test-causal-zero\.json"
+    with pytest.raises(InputError, match=message):
+        ReportedRun.read(f"{report_url(url, 'causal', 'zero')}.json", "causal")
 
 
 def test_a_run_without_a_report_says_how_to_make_one() -> None:

@@ -64,7 +64,9 @@ class Outcome:
 
 
 def run_epochs(config: ExperimentConfig, dataset: PreparedDataset, client: CacheClient) -> Outcome:
-    """Two epochs, each with validation under both protocols and among one set of candidates."""
+    """Two epochs, each with validation under both protocols and among one set of candidates; then
+    a test of the variants.
+    """
     trainer = Trainer(config, dataset, client, World.current())
     log = RunLog(config.run.url, is_writer=False)
     losses, ranked = [], {}
@@ -79,6 +81,16 @@ def run_epochs(config: ExperimentConfig, dataset: PreparedDataset, client: Cache
             assert result.is_served.all() == (candidates == "growing"), "some items must be new"
             for name in RANKED:
                 ranked[f"epoch {epoch}, {protocol}, {name}"] = getattr(result, name)
+    # A test after a replay into an empty cache, with all that is compared in another way.
+    evaluator.config = config.evaluation.model_copy(
+        update={"use_heads": True, "nearest_users": 3, "sampled_users": 9, "available_within": 5e-4}
+    )
+    trainer._begin_cache(generation=4)
+    step = evaluator.replay(dataset.split.validation, step=0)
+    results, step = evaluator.evaluate(dataset.split.test, step, ["causal", "released"])
+    for protocol, result in results.items():
+        for name in RANKED:
+            ranked[f"variant, {protocol}, {name}"] = getattr(result, name)
     client.flush()
     trainer.world.barrier()
     rows = {

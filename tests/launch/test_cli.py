@@ -119,6 +119,31 @@ def test_synthesize_prepare_train_evaluate(felrec: Felrec, tmp_path: Path) -> No
     assert ranks[0] != ranks[1]
     assert json.loads(report.read_text()) == untimed, "the other protocol has a file of its own"
 
+    # Each variant has a file of its own, too, and is a row beside the plain test.
+    variant = felrec(
+        "evaluate", merged, "--checkpoint", checkpoint, "--local", "--reset", "--use-heads", "--nn"
+    )
+    assert variant.code == 0, variant.err
+    assert "felrec-q (reset-heads-nn)" in variant.out
+    other_report = report.with_name("test-causal-reset-heads-nn.json")
+    assert f"{other_report}, .parquet" in variant.out
+    assert other_report.with_suffix(".parquet").exists()
+    settings = json.loads(other_report.read_text())["variant_settings"]
+    assert settings == {
+        "cache": "reset",
+        "use_heads": True,
+        "nearest_users": 10,
+        "sampled_users": 16_384,
+        "available_within": None,
+    }
+    assert json.loads(report.read_text()) == untimed
+    table = felrec("compare", run, other_report)
+    assert table.code == 0, table.err
+    rows = [line.split("  ")[0] for line in table.out.splitlines()]
+    assert rows.index("felrec-q (reset-heads-nn)") == rows.index("felrec-q") + 1
+    both = felrec("evaluate", merged, "--checkpoint", checkpoint, "--local", "--reset", "--zero")
+    assert both.code == 2
+
 
 def table_of(output: str) -> list[str]:
     lines = output.splitlines()

@@ -192,7 +192,7 @@ def test_what_write_back_returns_is_what_a_later_fetch_reads(
     rows_BD = torch.randn(BATCH, WIDTH, dtype=torch.float64) * 100.0
     _, stored_BD = representations.write_back(0, batch, rows_BD, rows_BD)
     last = last_events(batch.item)
-    fetched_MD, found_M = representations.fetch_items(1, batch.item[last])
+    fetched_MD, found_M = representations.fetch(ITEM, 1, batch.item[last])
     assert found_M.all()
     assert torch.equal(fetched_MD, stored_BD[torch.from_numpy(last)])
     is_exact = storage == "float64"
@@ -207,7 +207,7 @@ def test_a_later_event_wins_whatever_comes_last(dataset: PreparedDataset) -> Non
     rows_BD = torch.arange(BATCH * WIDTH, dtype=torch.float32).reshape(BATCH, WIDTH)
     representations.write_back(0, second, rows_BD, rows_BD)
     representations.write_back(1, first, -rows_BD, -rows_BD)
-    fetched_MD, _ = representations.fetch_items(2, np.array([8]))
+    fetched_MD, _ = representations.fetch(ITEM, 2, np.array([8]))
     assert torch.equal(fetched_MD[0], rows_BD[-1])
 
 
