@@ -21,6 +21,13 @@ def report(
     protocol: Annotated[
         Literal["causal", "released"], typer.Option(help="whose tests of runs to show")
     ] = "causal",
+    interaction: Annotated[
+        int | None,
+        typer.Option(
+            help="event_id of the test event whose similarities are shown; default: the first one "
+            "with full histories"
+        ),
+    ] = None,
 ) -> None:
     """Write one HTML page: data, tables, figures of the paper, training, cache.
 
@@ -32,6 +39,6 @@ def report(
     from felrec_dist.storage import write_whole
 
     url = f"{out.rstrip('/')}/{PAGE}"
-    page = render(read_runs(runs, protocol))
+    page = render(read_runs(runs, protocol), interaction)
     write_whole(url, page.encode(), "the report cannot be written")
     typer.echo(url)

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from felrec_dist.reporting.cold_start import Bucket
 from felrec_dist.reporting.curves import Curve
+from felrec_dist.reporting.representations import Map, Similarities
 from felrec_dist.reporting.statistics import DatasetStatistics
 
 # Without its yellow, which is hard to see on white.
@@ -110,6 +113,10 @@ class Drawing:
         columns = 1 if max(map(len, labels), default=0) > 24 else 2
         with mpl.rc_context(dict(_LOOK)):
             self.figure.legend(handles, labels, loc="outside lower center", ncols=columns)
+
+    def colour_bar(self, drawn: Any, label: str) -> None:
+        with mpl.rc_context(dict(_LOOK)):
+            self.figure.colorbar(drawn, ax=self.axes, label=label, shrink=0.9)
 
     def plot(self) -> Plot:
         return Plot(self.name, self.title, self.caption, self._svg())
@@ -275,6 +282,113 @@ def growth_plot(
     _count_axis(drawing.axes.yaxis)
     drawing.axes.set_ylim(bottom=0)
     drawing.legend()
+    return drawing.plot()
+
+
+def buckets_plot(
+    name: str,
+    title: str,
+    caption: str,
+    buckets: Mapping[str, tuple[Style, Sequence[Bucket]]],
+    *,
+    x_label: str,
+    y_label: str,
+) -> Plot:
+    """Means over buckets of events, of several runs.
+
+    Args:
+        buckets: by label of the run; all of them have the same ones.
+    """
+    drawing = Drawing(
+        name,
+        title,
+        f"{caption} Bars: 95 % intervals of the means; points over few events have wide ones.",
+        x_label=x_label,
+        y_label=y_label,
+    )
+    labels: Sequence[str] = []
+    for number, (label, (style, of_run)) in enumerate(buckets.items()):
+        labels = [bucket.label for bucket in of_run]
+        # Beside one another: bars would hide one another.
+        offset = 0.3 * ((number + 0.5) / len(buckets) - 0.5)
+        drawing.axes.errorbar(
+            np.arange(len(of_run)) + offset,
+            [bucket.mean for bucket in of_run],
+            [bucket.error for bucket in of_run],
+            color=style.colour,
+            linestyle=style.dash,
+            marker=style.marker,
+            elinewidth=0.8,
+            label=label,
+        )
+    drawing.axes.set_xticks(range(len(labels)), labels)
+    drawing.axes.set_xlim(-0.5, len(labels) - 0.5)
+    drawing.axes.set_ylim(bottom=0)
+    drawing.legend()
+    return drawing.plot()
+
+
+def map_plot(name: str, label: str, found: Map, *, of_users: bool) -> Plot:
+    """The users or the items of a map, coloured by their number of events."""
+    side, other = ("users", "items") if of_users else ("items", "users")
+    drawing = Drawing(
+        name,
+        f"Map of {side}: {label}",
+        f"t-SNE by cosine of {side} and {other} together, {other} in grey: a sample of those that "
+        "occur before the test, their vectors as the test found them in the cache. Axes have no "
+        "unit; near means similar, far means little.",
+        x_label="",
+        y_label="",
+        height_inches=3.7,
+    )
+    drawing.axes.set_xticks([])
+    drawing.axes.set_yticks([])
+    is_shown_M = found.is_user_M == of_users
+    x_M, y_M = found.places_M2.T
+    drawing.axes.scatter(
+        x_M[~is_shown_M], y_M[~is_shown_M], s=5, color="#d0d0d0", linewidths=0, rasterized=True
+    )
+    # The most popular last, on top.
+    order = np.flatnonzero(is_shown_M)[np.argsort(found.num_events_M[is_shown_M], kind="stable")]
+    points = drawing.axes.scatter(
+        x_M[order],
+        y_M[order],
+        s=11,
+        c=found.num_events_M[order],
+        cmap="viridis_r",
+        norm=LogNorm(1, max(2, int(found.num_events_M[order].max(initial=2)))),
+        linewidths=0,
+        rasterized=True,
+    )
+    drawing.colour_bar(points, "events before the test")
+    return drawing.plot()
+
+
+def similarities_plot(name: str, label: str, found: Similarities) -> Plot:
+    """A heat map of the cosines around one interaction."""
+    num_rows, num_columns = found.cosines_RC.shape
+    drawing = Drawing(
+        name,
+        f"Around one interaction: {label}",
+        f"Event {found.event_id} of the test: user {found.user}, item {found.item}. Cosine of each "
+        "earlier item of this user with each earlier user of this item, by their vectors in the "
+        "cache before the test; 0 is the item and the user themselves, so the upper right corner "
+        "is how well the two fit. White: not in the cache before the test.",
+        x_label="users of this item, steps back",
+        y_label="items of this user, steps back",
+        height_inches=4.0,
+    )
+    drawing.axes.grid(visible=False)
+    # Edges lie half a step around the numbers.
+    image = drawing.axes.pcolormesh(
+        np.arange(-num_columns, 1) + 0.5,
+        np.arange(-num_rows, 1) + 0.5,
+        np.ma.masked_invalid(found.cosines_RC),
+        cmap="cividis",
+    )
+    for axis in (drawing.axes.xaxis, drawing.axes.yaxis):
+        axis.set_major_locator(MaxNLocator(6, integer=True))
+    drawing.colour_bar(image, "cosine")
     return drawing.plot()
 
 

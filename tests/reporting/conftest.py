@@ -28,7 +28,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> PreparedDataset:
     return tiny.prepare_events(tmp_path_factory.mktemp("data"), num_events=600)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def runs(tmp_path_factory: pytest.TempPathFactory, dataset: PreparedDataset) -> list[str]:
     """FELRec-Q and FELRec-P, trained and tested; only to be read."""
     folder = tmp_path_factory.mktemp("runs")
