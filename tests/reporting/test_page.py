@@ -98,12 +98,10 @@ def test_it_has_every_figure(page: Page) -> None:
             )
         ),
         *(
-            f"Map of {side}: {run}"
-            for side in ("users", "items")
-            for run in ("felrec-q", "felrec-p")
+            f"{what}: felrec-{variant}"
+            for what in ("Map of users", "Map of items", "Around one interaction")
+            for variant in "qp"
         ),
-        "Around one interaction: felrec-q",
-        "Around one interaction: felrec-p",
     } <= set(page.titles)
 
 
