@@ -123,12 +123,24 @@ class ExperimentConfig(Section):
         assert isinstance(self.model, ModelConfig), self.model.variant
         return self.model
 
+    @property
+    def model_name(self) -> str:
+        """What the model is called in tables, with its ablations."""
+        model = self.model
+        return model.name if isinstance(model, ModelConfig) else model.variant
+
     def cache_tables(self) -> dict[str, TableSpec]:
         """Returns the cache's tables: what the model keeps of users and items."""
         return {
             name: TableSpec(width=width, storage=self.cache.storage)
             for name, width in self.model.cache_widths().items()
         }
+
+    @model_validator(mode="after")
+    def _heads_are_there(self) -> ExperimentConfig:
+        if self.evaluation.use_heads and self.model_name.startswith("felrec-q-NoMLP"):
+            raise ValueError("evaluation.use_heads must be false: the model has no heads")
+        return self
 
     @model_validator(mode="after")
     def _baseline_can_do_it(self) -> ExperimentConfig:

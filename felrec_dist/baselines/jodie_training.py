@@ -40,7 +40,7 @@ from felrec_dist.evaluation.candidates import (
 )
 from felrec_dist.evaluation.counts import RankCounts
 from felrec_dist.evaluation.evaluator import Protocol
-from felrec_dist.evaluation.result import PartResult
+from felrec_dist.evaluation.result import PartResult, joined
 from felrec_dist.training.checkpoint import Checkpoint, TablePart
 from felrec_dist.training.loader import BatchLoader, LoadedBatch
 from felrec_dist.training.representations import (
@@ -280,15 +280,12 @@ class JODIETraining(BaselineTraining[LoadedBatch]):
                 batches.append(batch)
                 step = loaded.step + 1
                 on_batch(len(batch))
-        item_index = np.concatenate([batch.item_index for batch in batches])
         result = PartResult.of(
             self.dataset,
-            event_id=np.concatenate([batch.event_id for batch in batches]),
-            user_index=np.concatenate([batch.user_index for batch in batches]),
-            item_index=item_index,
+            batches,
             counts=RankCounts.concatenate(counts),
             k=evaluation.k,
-            is_served=is_served(evaluation.candidates, self.dataset, item_index),
+            is_served=is_served(evaluation.candidates, self.dataset, joined(batches, "item_index")),
         )
         return result, step
 

@@ -238,9 +238,7 @@ class BaselineTraining(ABC, Generic[Batch]):
                 on_batch(len(batch))
         result = PartResult.of(
             self.dataset,
-            event_id=np.concatenate([batch.event_id for batch in batches]),
-            user_index=np.concatenate([batch.user_index for batch in batches]),
-            item_index=np.concatenate([batch.item_index for batch in batches]),
+            batches,
             counts=RankCounts.concatenate(counts),
             k=evaluation.k,
             is_served=np.concatenate(is_served),

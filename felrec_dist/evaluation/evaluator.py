@@ -39,7 +39,7 @@ from felrec_dist.evaluation.candidate_set import (
 from felrec_dist.evaluation.candidates import Ballot, CandidateMatrix, count_ranks, unit
 from felrec_dist.evaluation.counts import RankCounts
 from felrec_dist.evaluation.nearest_users import SampledUsers
-from felrec_dist.evaluation.result import PartResult
+from felrec_dist.evaluation.result import PartResult, joined
 from felrec_dist.model.felrec import FELRec
 from felrec_dist.section import Section
 from felrec_dist.training.clock import PhaseClock
@@ -197,13 +197,11 @@ class Evaluator:
                 step = loaded.step + 1
                 on_batch(len(batch))
 
-        item_index = np.concatenate([batch.item_index for batch in batches])
+        item_index = joined(batches, "item_index")
         results = {
             protocol: PartResult.of(
                 self.dataset,
-                event_id=np.concatenate([batch.event_id for batch in batches]),
-                user_index=np.concatenate([batch.user_index for batch in batches]),
-                item_index=item_index,
+                batches,
                 counts=RankCounts.concatenate(parts),
                 k=self.config.k,
                 is_served=is_served(self.config.candidates, self.dataset, item_index),

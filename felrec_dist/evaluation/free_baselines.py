@@ -9,6 +9,7 @@ Shape legend: n events, I items of the catalogue.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +19,7 @@ from felrec_dist.data.stream import EventBatch, EventStream
 from felrec_dist.evaluation.candidate_set import CandidateSet, CandidateSets, is_served
 from felrec_dist.evaluation.counts import RankCounts
 from felrec_dist.evaluation.evaluator import EvaluationConfig
-from felrec_dist.evaluation.result import Metrics, PartResult, means_by_partition
+from felrec_dist.evaluation.result import PartResult, joined
 
 Int64s = npt.NDArray[np.int64]
 
@@ -121,15 +122,12 @@ def _rank(
         )
         done.append(batch)
         sets.add(batch)
-    item_index = np.concatenate([batch.item_index for batch in done])
     return PartResult.of(
         dataset,
-        event_id=np.concatenate([batch.event_id for batch in done]),
-        user_index=np.concatenate([batch.user_index for batch in done]),
-        item_index=item_index,
+        done,
         counts=RankCounts.concatenate(parts),
         k=config.k,
-        is_served=is_served(config.candidates, dataset, item_index),
+        is_served=is_served(config.candidates, dataset, joined(done, "item_index")),
     )
 
 
@@ -157,21 +155,21 @@ def _count(
     return above_B, tied_B, drawn.available.num_candidates_B
 
 
-def random_scores(like: PartResult, *, num_negatives: int, k: int) -> dict[str, Metrics]:
-    """Returns what random scores are expected to reach on the same events: no draw, no noise.
+def random_scores(like: PartResult, *, num_negatives: int, k: int) -> PartResult:
+    """Returns what random scores are expected to reach on each of the same events.
 
-    Every rank from 1 to C, the number of an event's candidates, is equally likely.
+    No draw, no noise: every rank from 1 to C, the number of an event's candidates, is equally
+    likely. The counts are those of ``like`` and mean nothing here.
     """
     num_candidates_n = like.counts.num_candidates
     num_drawn_n = np.minimum(num_negatives, num_candidates_n - 1)
     ranks = np.arange(1, num_candidates_n.max(initial=0) + 1)
     gains = np.where(ranks <= k, 1.0 / np.log2(1.0 + ranks), 0.0)
-    return means_by_partition(
-        like.partition,
-        like.is_served,
+    return replace(
+        like,
         normalized_rank=np.where(num_candidates_n > 1, 0.5, 0.0),
-        hit_rate=np.minimum(1.0, k / (num_drawn_n + 1)),
-        mrr=np.cumsum(1.0 / ranks)[num_candidates_n - 1] / num_candidates_n,
+        is_hit=np.minimum(1.0, k / (num_drawn_n + 1)),
+        reciprocal_rank=np.cumsum(1.0 / ranks)[num_candidates_n - 1] / num_candidates_n,
         ndcg=np.cumsum(gains)[num_candidates_n - 1] / num_candidates_n,
-        full_hit_rate=np.minimum(1.0, k / num_candidates_n),
+        is_full_hit=np.minimum(1.0, k / num_candidates_n),
     )

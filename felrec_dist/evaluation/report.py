@@ -46,6 +46,7 @@ class TestReport:
             trained none.
         epoch_seconds: mean of its whole epochs without validation; None where there were none.
         rows: metrics by partition of each model.
+        occurrence: of each model, as ``occurrence_to_json`` gives it.
     """
 
     model: str
@@ -68,6 +69,7 @@ class TestReport:
     step_seconds: float | None
     epoch_seconds: float | None
     rows: dict[str, dict[str, Metrics]]
+    occurrence: dict[str, dict[str, list[dict[str, Any]]]]
 
     def to_json(self) -> dict[str, Any]:
         return {

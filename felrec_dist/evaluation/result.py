@@ -6,6 +6,9 @@ Partitions are relative to the *training* part: ``observed`` (user and item occu
 A model may be unable to serve some events: it has no vector for a new user, or the target is none
 of its candidates. Means are over the events served; a table shows one only where all events of the
 partition were.
+
+The same means by OCCURRENCES are the curve of a cold start: the k-th event of a user (of an item)
+has k - 1 earlier ones, in the data as a whole.
 """
 
 from __future__ import annotations
@@ -22,10 +25,22 @@ import pyarrow.parquet as pq
 from rich.table import Table
 
 from felrec_dist.data.dataset import PreparedDataset
+from felrec_dist.data.stream import EventBatch
 from felrec_dist.evaluation.counts import RankCounts
 from felrec_dist.storage import write_whole
 
 PARTITIONS = ("observed", "new_users", "new_items")
+
+OCCURRENCES: Sequence[tuple[int, int | None]] = (
+    (1, 1),
+    (2, 2),
+    (3, 5),
+    (6, 20),
+    (21, 100),
+    (101, None),
+)
+"""First and last k of groups of events: those that are the k-th of their user, or of their item."""
+SIDES = ("user", "item")
 
 
 @dataclass(frozen=True)
@@ -114,33 +129,35 @@ class PartResult:
     Attributes:
         event_id: (n,) int64.
         partition: (n,) int64, index into PARTITIONS.
+        user_interactions, item_interactions: (n,) int64, events of the user and of the item that
+            come before this one in the total order.
         is_served: (n,) bool; what follows means nothing where it is False.
         normalized_rank: (n,) float64.
-        is_hit: (n,) bool, among the sampled negatives.
+        is_hit: (n,) bool, among the sampled negatives; of random scores the probability.
         reciprocal_rank: (n,) float64, among all candidates, as the rest.
         ndcg: (n,) float64.
-        is_full_hit: (n,) bool.
+        is_full_hit: (n,) bool, or the probability.
         counts: what all these were computed from.
     """
 
     event_id: npt.NDArray[np.int64]
     partition: npt.NDArray[np.int64]
+    user_interactions: npt.NDArray[np.int64]
+    item_interactions: npt.NDArray[np.int64]
     is_served: npt.NDArray[np.bool_]
     normalized_rank: npt.NDArray[np.float64]
-    is_hit: npt.NDArray[np.bool_]
+    is_hit: npt.NDArray[Any]
     reciprocal_rank: npt.NDArray[np.float64]
     ndcg: npt.NDArray[np.float64]
-    is_full_hit: npt.NDArray[np.bool_]
+    is_full_hit: npt.NDArray[Any]
     counts: RankCounts
 
     @classmethod
     def of(
         cls,
         dataset: PreparedDataset,
+        batches: Sequence[EventBatch],
         *,
-        event_id: npt.NDArray[np.int64],
-        user_index: npt.NDArray[np.int64],
-        item_index: npt.NDArray[np.int64],
         counts: RankCounts,
         k: int,
         is_served: npt.NDArray[np.bool_] | None = None,
@@ -149,15 +166,18 @@ class PartResult:
 
         Args:
             dataset: tells the partitions.
-            event_id, user_index, item_index: (n,) int64.
+            batches: the events.
             counts: of the n events; of one that is not served, anything.
             k: of HR@k and NDCG@k.
             is_served: (n,) False where the model cannot rank the target; None serves all.
         """
+        user_index, item_index = joined(batches, "user_index"), joined(batches, "item_index")
         return cls(
-            event_id=event_id,
+            event_id=joined(batches, "event_id"),
             partition=partition_of(dataset, user_index, item_index),
-            is_served=np.ones(len(event_id), np.bool_) if is_served is None else is_served,
+            user_interactions=joined(batches, "user_length"),
+            item_interactions=joined(batches, "item_length"),
+            is_served=np.ones(len(item_index), np.bool_) if is_served is None else is_served,
             normalized_rank=counts.normalized_ranks,
             is_hit=counts.hits(k),
             reciprocal_rank=1.0 / counts.ranks,
@@ -168,19 +188,38 @@ class PartResult:
 
     def metrics(self) -> dict[str, Metrics]:
         """Returns the metrics of each partition and of ``total``."""
-        return means_by_partition(
-            self.partition,
-            self.is_served,
-            normalized_rank=self.normalized_rank,
-            hit_rate=self.is_hit,
-            mrr=self.reciprocal_rank,
-            ndcg=self.ndcg,
-            full_hit_rate=self.is_full_hit,
+        chosen = {name: self.partition == code for code, name in enumerate(PARTITIONS)}
+        chosen["total"] = np.ones(len(self.partition), dtype=np.bool_)
+        return {name: self._means(is_in) for name, is_in in chosen.items()}
+
+    def occurrence(self) -> dict[str, list[Metrics]]:
+        """Returns the metrics of each of OCCURRENCES, of ``user`` and of ``item``."""
+        groups = {}
+        for side, earlier in zip(
+            SIDES, (self.user_interactions, self.item_interactions), strict=True
+        ):
+            k = earlier + 1
+            groups[side] = [
+                self._means((first <= k) & (True if last is None else k <= last))
+                for first, last in OCCURRENCES
+            ]
+        return groups
+
+    def _means(self, is_in: npt.NDArray[np.bool_]) -> Metrics:
+        is_counted = is_in & self.is_served
+        return Metrics(
+            num_events=int(is_in.sum()),
+            num_served=int(is_counted.sum()),
+            normalized_rank=_mean(self.normalized_rank[is_counted]),
+            hit_rate=_mean(self.is_hit[is_counted]),
+            mrr=_mean(self.reciprocal_rank[is_counted]),
+            ndcg=_mean(self.ndcg[is_counted]),
+            full_hit_rate=_mean(self.is_full_hit[is_counted]),
         )
 
     def write_parquet(self, url: str) -> None:
-        """Writes one row an event: event_id, partition, and null where it was not served: rank,
-        hit, reciprocal_rank, ndcg, full_hit.
+        """Writes one row an event: event_id, partition, user_interactions, item_interactions, and
+        null where it was not served: rank, hit, reciprocal_rank, ndcg, full_hit.
 
         Raises:
             StorageError: the file cannot be written.
@@ -191,6 +230,8 @@ class PartResult:
                 "partition": pa.DictionaryArray.from_arrays(
                     pa.array(self.partition, pa.int8()), list(PARTITIONS)
                 ),
+                "user_interactions": self.user_interactions,
+                "item_interactions": self.item_interactions,
                 "rank": pa.array(self.normalized_rank, mask=~self.is_served),
                 "hit": pa.array(self.is_hit, mask=~self.is_served),
                 "reciprocal_rank": pa.array(self.reciprocal_rank, mask=~self.is_served),
@@ -214,38 +255,25 @@ def partition_of(
     return np.where(is_new_item, 2, np.where(is_new_user, 1, 0)).astype(np.int64)
 
 
-def means_by_partition(
-    partition: npt.NDArray[np.int64],
-    is_served: npt.NDArray[np.bool_],
-    *,
-    normalized_rank: npt.NDArray[Any],
-    hit_rate: npt.NDArray[Any],
-    mrr: npt.NDArray[Any],
-    ndcg: npt.NDArray[Any],
-    full_hit_rate: npt.NDArray[Any],
-) -> dict[str, Metrics]:
-    """Returns the metrics of each partition and of ``total``.
+def joined(batches: Sequence[EventBatch], column: str) -> npt.NDArray[np.int64]:
+    """Returns a column of all batches (n,), one after the other."""
+    return np.concatenate([getattr(batch, column) for batch in batches])
 
-    Args:
-        partition: (n,) indices into PARTITIONS.
-        is_served: (n,) which events the means are over.
-        normalized_rank, hit_rate, mrr, ndcg, full_hit_rate: (n,) what ``Metrics`` holds means of.
-    """
-    chosen = {name: partition == code for code, name in enumerate(PARTITIONS)}
-    chosen["total"] = np.ones(len(partition), dtype=np.bool_)
-    metrics = {}
-    for name, is_in in chosen.items():
-        is_counted = is_in & is_served
-        metrics[name] = Metrics(
-            num_events=int(is_in.sum()),
-            num_served=int(is_counted.sum()),
-            normalized_rank=_mean(normalized_rank[is_counted]),
-            hit_rate=_mean(hit_rate[is_counted]),
-            mrr=_mean(mrr[is_counted]),
-            ndcg=_mean(ndcg[is_counted]),
-            full_hit_rate=_mean(full_hit_rate[is_counted]),
-        )
-    return metrics
+
+def occurrence_to_json(groups: Mapping[str, Sequence[Metrics]]) -> dict[str, list[dict[str, Any]]]:
+    """Returns the metrics of each group with its bounds: ``last`` is null where there is none."""
+    return {
+        side: [
+            {"first": first, "last": last, **metrics_to_json({"": m})[""]}
+            for (first, last), m in zip(OCCURRENCES, metrics, strict=True)
+        ]
+        for side, metrics in groups.items()
+    }
+
+
+def occurrence_name(first: int, last: int | None) -> str:
+    """Returns how a group is called: ``1``, ``3-5``, ``101-``."""
+    return str(first) if first == last else f"{first}-{'' if last is None else last}"
 
 
 def metrics_to_json(metrics: Mapping[str, Metrics]) -> dict[str, dict[str, float | int | None]]:

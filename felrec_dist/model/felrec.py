@@ -16,7 +16,7 @@ from typing import Literal, cast
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -46,6 +46,33 @@ class ModelConfig(Section):
     absent_row: Literal["zero", "identity"] = Field(
         "zero", description="what an id reads as that the cache has never seen"
     )
+    head_norm: Literal["batch", "layer"] = Field(
+        "batch", description="normalisation in the heads; layer is the paper's ablation LN"
+    )
+    projection: Literal["separate", "shared", "none"] = Field(
+        "separate",
+        description="of users and items; the paper's ablations shareMLP (shared) and NoMLP (none)",
+    )
+    type_embedding: bool = Field(
+        True, description="of the ids in a history; without is the paper's ablation NoType"
+    )
+
+    @model_validator(mode="after")
+    def _has_what_is_normalised(self) -> ModelConfig:
+        if (self.variant, self.projection, self.head_norm) == ("felrec-q", "none", "layer"):
+            raise ValueError("head_norm must be batch: felrec-q without projection has no heads")
+        return self
+
+    @property
+    def name(self) -> str:
+        """The variant and its ablations, in the paper's words."""
+        ablations = {
+            "LN": self.head_norm == "layer",
+            "NoMLP": self.projection == "none",
+            "shareMLP": self.projection == "shared",
+            "NoType": not self.type_embedding,
+        }
+        return "-".join([self.variant, *(name for name, is_on in ablations.items() if is_on)])
 
     def cache_widths(self) -> dict[str, int]:
         """Returns the width of the rows kept of each side."""
@@ -112,8 +139,30 @@ class FELRec(nn.Module):
         width = config.encoder.width
         self.encoder = HistoryEncoder(config.encoder)
         # The type of the ids *in* the history: items in a user's history, users in an item's.
-        self.user_type_embedding = nn.Parameter(torch.randn(width))
-        self.item_type_embedding = nn.Parameter(torch.randn(width))
+        self.user_type_embedding: Tensor
+        self.item_type_embedding: Tensor
+        for name in ("user_type_embedding", "item_type_embedding"):
+            if config.type_embedding:
+                self.register_parameter(name, nn.Parameter(torch.randn(width)))
+            else:
+                self.register_buffer(name, torch.zeros(width), persistent=False)
+
+    def _add_projections(self, config: ModelConfig, width_hidden: int, width_out: int) -> int:
+        """Builds them and returns the width of what they give."""
+        width = config.encoder.width
+        if config.projection == "none":
+            self.user_projection: nn.Module = nn.Identity()
+            self.item_projection: nn.Module = nn.Identity()
+            return width
+        self.user_projection = Head(width, width_hidden, width_out, config.head_norm)
+        if config.projection == "separate":
+            self.item_projection = Head(width, width_hidden, width_out, config.head_norm)
+        return width_out
+
+    def project_items(self, item_BD: Tensor) -> Tensor:
+        """A shared projection stands under the users' name alone, as it is saved once."""
+        projection = getattr(self, "item_projection", self.user_projection)
+        return cast(Tensor, projection(item_BD))
 
     def represent(self, inputs: EncoderInputs) -> tuple[Tensor, Tensor]:
         """Returns the representations of the events' users and items, (B, D) each."""
@@ -200,8 +249,7 @@ class FELRecQ(FELRec):
         self.contrast = (
             self._contrast_with_queue if config.negatives == "queue" else self._contrast_with_batch
         )
-        self.user_projection = Head(width, width, width)
-        self.item_projection = Head(width, width, width)
+        self._add_projections(config, width, width)
         self.user_queue = ProjectionQueue(config.queue_size, width)
         self.item_queue = ProjectionQueue(config.queue_size, width)
 
@@ -223,7 +271,7 @@ class FELRecQ(FELRec):
         return F.normalize(self.user_projection(user_BD), dim=1)
 
     def compared_items(self, item_BD: Tensor) -> Tensor:
-        return F.normalize(self.item_projection(item_BD), dim=1)
+        return F.normalize(self.project_items(item_BD), dim=1)
 
     def _contrast_with_queue(
         self, query_BD: Tensor, positive_BD: Tensor, queue: ProjectionQueue
@@ -264,15 +312,14 @@ class FELRecP(FELRec):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
         width = config.encoder.width
-        self.user_projection = Head(width, 2 * width, width // 2)
-        self.item_projection = Head(width, 2 * width, width // 2)
-        self.user_prediction = Head(width // 2, 2 * width, width // 2)
-        self.item_prediction = Head(width // 2, 2 * width, width // 2)
+        projected = self._add_projections(config, 2 * width, width // 2)
+        self.user_prediction = Head(projected, 2 * width, projected, config.head_norm)
+        self.item_prediction = Head(projected, 2 * width, projected, config.head_norm)
 
     def forward(self, inputs: EncoderInputs) -> ModelOutput:
         user_BD, item_BD = self.represent(inputs)
         p_user_Bd = self.user_projection(user_BD)
-        p_item_Bd = self.item_projection(item_BD)
+        p_item_Bd = self.project_items(item_BD)
         user_loss = _disagreement(self.user_prediction(p_user_Bd), p_item_Bd.detach())
         item_loss = _disagreement(self.item_prediction(p_item_Bd), p_user_Bd.detach())
         return ModelOutput(
@@ -290,21 +337,28 @@ class FELRecP(FELRec):
 
     def compared_items(self, item_BD: Tensor) -> Tensor:
         """Projection, then prediction."""
-        p_item_Bd = self.item_projection(item_BD)
+        p_item_Bd = self.project_items(item_BD)
         return _unit_pair(p_item_Bd, self.item_prediction(p_item_Bd))
 
 
 class Head(nn.Module):
-    """Linear, BatchNorm over the whole batch, ReLU, Linear."""
+    """Linear, BatchNorm over the whole batch (or LayerNorm), ReLU, Linear."""
 
-    def __init__(self, width_in: int, width_hidden: int, width_out: int) -> None:
+    def __init__(
+        self, width_in: int, width_hidden: int, width_out: int, norm: Literal["batch", "layer"]
+    ) -> None:
         super().__init__()
+        self.norm = norm
         self.linear1 = nn.Linear(width_in, width_hidden)
-        self.batchnorm = WholeBatchNorm(width_hidden)
+        if norm == "batch":
+            self.batchnorm = WholeBatchNorm(width_hidden)
+        else:
+            self.layernorm = nn.LayerNorm(width_hidden)
         self.linear2 = nn.Linear(width_hidden, width_out)
 
     def forward(self, x_BD: Tensor) -> Tensor:
-        return cast(Tensor, self.linear2(F.relu(self.batchnorm(self.linear1(x_BD)))))
+        norm = self.batchnorm if self.norm == "batch" else self.layernorm
+        return cast(Tensor, self.linear2(F.relu(norm(self.linear1(x_BD)))))
 
 
 def _disagreement(prediction_Bd: Tensor, target_Bd: Tensor) -> Tensor:

@@ -18,7 +18,13 @@ from torch.utils.tensorboard.summary import scalar
 
 from cache_server import ShardStats
 from felrec_dist.errors import StorageError, storage_errors
-from felrec_dist.evaluation.result import METRICS, Metrics
+from felrec_dist.evaluation.result import (
+    METRICS,
+    OCCURRENCES,
+    PAPER_METRICS,
+    Metrics,
+    occurrence_name,
+)
 from felrec_dist.training.representations import CacheTraffic
 
 # An object store writes a file anew for every piece that is added to it.
@@ -132,6 +138,23 @@ class RunLog:
                 for partition, m in metrics.items()
                 if m.num_served
                 for kind in METRICS.values()
+            },
+            global_step,
+        )
+
+    def occurrence(
+        self, part: str, global_step: int, groups: Mapping[str, Sequence[Metrics]], *, k: int
+    ) -> None:
+        """Logs the paper's metrics of the events that are the k-th of their user, or item."""
+        self._write(
+            {
+                f"{part}_by_occurrence/{kind.tag.format(k=k)}/{side} {occurrence_name(*bounds)}": (
+                    kind.shown(m)
+                )
+                for side, metrics in groups.items()
+                for bounds, m in zip(OCCURRENCES, metrics, strict=True)
+                if m.num_served
+                for kind in (METRICS[name] for name in PAPER_METRICS)
             },
             global_step,
         )

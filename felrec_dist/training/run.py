@@ -19,7 +19,7 @@ from felrec_dist.errors import (
 from felrec_dist.evaluation.evaluator import Protocol
 from felrec_dist.evaluation.free_baselines import most_popular, random_scores, recently_popular
 from felrec_dist.evaluation.report import TestReport, report_url, write_report
-from felrec_dist.evaluation.result import PartResult
+from felrec_dist.evaluation.result import PartResult, occurrence_to_json
 from felrec_dist.training.checkpoint import read_checkpoint
 from felrec_dist.training.clock import TrainingTimes
 from felrec_dist.training.host_memory import keep_freed_memory
@@ -135,7 +135,9 @@ def _write_report(
     popular = most_popular(dataset, split.test, evaluation, batch_size=batch_size)
     recent = recently_popular(dataset, split.test, evaluation, batch_size=batch_size)
     chance = random_scores(popular, num_negatives=evaluation.num_negatives, k=evaluation.k)
-    model = f"{config.model.variant} ({evaluation.variant})".removesuffix(" ()")
+    model = f"{config.model_name} ({evaluation.variant})".removesuffix(" ()")
+    baselines = {"most popular": popular, "recently popular": recent, "random": chance}
+    results = {model: result, **baselines}
     report = TestReport(
         model=model,
         variant=evaluation.variant,
@@ -156,14 +158,13 @@ def _write_report(
         num_parameters=num_parameters,
         step_seconds=times.step_seconds,
         epoch_seconds=times.epoch_seconds,
-        rows={
-            model: result.metrics(),
-            "most popular": popular.metrics(),
-            "recently popular": recent.metrics(),
-            "random": chance,
-        },
+        rows={name: part.metrics() for name, part in results.items()},
+        occurrence={name: occurrence_to_json(p.occurrence()) for name, p in results.items()},
     )
-    result.write_parquet(f"{report_url(config.run.url, protocol, evaluation.variant)}.parquet")
+    url = report_url(config.run.url, protocol, evaluation.variant)
+    result.write_parquet(f"{url}.parquet")
+    for name, baseline in baselines.items():
+        baseline.write_parquet(f"{url}.{name.replace(' ', '-')}.parquet")
     write_report(config.run.url, report)
 
 

@@ -30,6 +30,7 @@ from felrec_dist.evaluation.result import (
     metrics_from_json,
     metrics_to_json,
 )
+from felrec_dist.model.felrec import ModelConfig
 from felrec_dist.storage import write_whole
 from felrec_dist.training.checkpoint import (
     CACHE_FOLDER,
@@ -180,7 +181,9 @@ class Trainer:
                 )
                 metrics = result.metrics()
                 self.validation.append(metrics)
-                log.evaluation("validation", global_step, metrics, k=config.evaluation.k)
+                k = config.evaluation.k
+                log.evaluation("validation", global_step, metrics, k=k)
+                log.occurrence("validation", global_step, result.occurrence(), k=k)
                 rank = metrics["total"].normalized_rank
                 if self.best is None or rank < self.best.validation_rank:
                     self.best = BestEpoch(epoch, rank)
@@ -207,9 +210,9 @@ class Trainer:
             assert self.best is not None
             checkpoint = read_checkpoint(self.store.epoch_url(self.best.epoch))
             test = self.test(checkpoint)
-            log.evaluation(
-                "test", num_epochs * self.steps_per_epoch, test.metrics(), k=config.evaluation.k
-            )
+            global_step, k = num_epochs * self.steps_per_epoch, config.evaluation.k
+            log.evaluation("test", global_step, test.metrics(), k=k)
+            log.occurrence("test", global_step, test.occurrence(), k=k)
         return RunResult(
             best=self.best,
             checkpoint_url=checkpoint.url,
@@ -614,6 +617,9 @@ def _check_equal(checkpoint: Checkpoint, config: ExperimentConfig, paths: Sequen
         now: Any = mine
         for key in path.split("."):
             then, now = then[key], now[key]
+        if path == "model" and isinstance(config.model, ModelConfig):
+            # A setting that is newer than the checkpoint had its default then.
+            then = ModelConfig().model_dump(mode="json") | then
         if then != now:
             raise CheckpointError(
                 f"the checkpoint was made with another {path}",

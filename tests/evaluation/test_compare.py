@@ -56,6 +56,7 @@ def report(model: str, *ranks: float | None, **changes: Any) -> reports.TestRepo
         step_seconds=0.01234,
         epoch_seconds=9.26,
         rows={model: metrics_of(*ranks), "most popular": popular},
+        occurrence={},
     )
     return replace(base, **changes)
 

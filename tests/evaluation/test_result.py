@@ -16,17 +16,21 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from felrec_dist.data.dataset import PreparedDataset
+from felrec_dist.data.dataset import EVENT_COLUMNS, PreparedDataset
+from felrec_dist.data.stream import EventBatch
 from felrec_dist.evaluation.counts import RankCounts
 from felrec_dist.evaluation.free_baselines import random_scores
 from felrec_dist.evaluation.result import (
     FULL_METRICS,
+    OCCURRENCES,
     PARTITIONS,
     Metrics,
     PartResult,
     metrics_from_json,
     metrics_table,
     metrics_to_json,
+    occurrence_name,
+    occurrence_to_json,
     partition_of,
     write_json,
 )
@@ -35,13 +39,21 @@ TRAINED = cast(PreparedDataset, SimpleNamespace(num_train_users=3, num_train_ite
 """A data set whose training part has the users 0 to 2 and the items 0 and 1."""
 
 
+def events(**columns: list[int]) -> EventBatch:
+    """A batch with these columns; the others hold 0."""
+    zeros = np.zeros(len(next(iter(columns.values()))), dtype=np.int64)
+    named = dict.fromkeys(EVENT_COLUMNS, zeros)
+    return EventBatch(0, **{**named, **{name: np.array(c) for name, c in columns.items()}})
+
+
 def some_result(is_served: list[bool] | None = None) -> PartResult:
     """Two observed events and one of a new user; no new item."""
     return PartResult.of(
         TRAINED,
-        event_id=np.array([70, 50, 60]),
-        user_index=np.array([0, 3, 2]),
-        item_index=np.array([1, 0, 0]),
+        [
+            events(event_id=[70, 50], user_index=[0, 3], item_index=[1, 0], user_length=[4, 0]),
+            events(event_id=[60], user_index=[2], item_index=[0], user_length=[5]),
+        ],
         counts=RankCounts(
             above=np.array([0, 1, 3]),
             tied=np.array([0, 2, 0]),
@@ -93,6 +105,43 @@ def test_means_are_over_the_events_that_were_served() -> None:
     assert repr(nothing) == repr(Metrics(2, 0, *[NAN] * 5))
 
 
+def test_the_cold_start_is_by_the_number_of_the_event() -> None:
+    """The users' fifth, first and sixth event, and three first events of items."""
+    result = some_result([True, True, False])
+    groups = result.occurrence()
+    assert [m.num_events for m in groups["user"]] == [1, 0, 1, 1, 0, 0]
+    assert [m.num_served for m in groups["user"]] == [1, 0, 1, 0, 0, 0]
+    assert groups["user"][0] == result.metrics()["new_users"]
+    assert groups["user"][2] == Metrics(1, 1, 0.0, 1.0, 1.0, 1.0, 1.0)
+    assert astuple(groups["item"][0]) == astuple(result.metrics()["total"])
+    user, item = occurrence_to_json(groups).values()
+    bounds = [(1, 1), (2, 2), (3, 5), (6, 20), (21, 100), (101, None)]
+    assert [(group["first"], group["last"]) for group in user] == bounds
+    assert user[3] == {"first": 6, "last": 20, "num_events": 1, "num_served": 0} | dict.fromkeys(
+        ("normalized_rank", "hit_rate", "mrr", "ndcg", "full_hit_rate")
+    )
+    assert item[0]["normalized_rank"] == 0.25
+    assert [occurrence_name(*group) for group in bounds] == [
+        "1",
+        "2",
+        "3-5",
+        "6-20",
+        "21-100",
+        "101-",
+    ]
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 5, 6, 20, 21, 100, 101, 10**6])
+def test_each_event_is_in_one_group(k: int) -> None:
+    batch = events(event_id=[0], user_length=[k - 1], item_length=[0])
+    counts = RankCounts(*[np.array([1])] * 5)
+    groups = PartResult.of(TRAINED, [batch], counts=counts, k=3).occurrence()
+    expected = [first <= k and (last is None or k <= last) for first, last in OCCURRENCES]
+    assert [m.num_events for m in groups["user"]] == expected
+    assert sum(expected) == 1
+    assert [m.num_events for m in groups["item"]] == [1, 0, 0, 0, 0, 0]
+
+
 def test_json_round_trip_with_an_empty_partition(tmp_path: Path) -> None:
     metrics = some_result().metrics()
     write_json(str(tmp_path / "metrics.json"), metrics_to_json(metrics))
@@ -110,6 +159,8 @@ def test_parquet_has_one_row_an_event(tmp_path: Path) -> None:
     assert pq.read_table(url).to_pydict() == {
         "event_id": [70, 50, 60],
         "partition": ["observed", "new_users", "observed"],
+        "user_interactions": [4, 0, 5],
+        "item_interactions": [0, 0, 0],
         "rank": [0.0, 0.5, 0.75],
         "hit": [True, True, True],
         "reciprocal_rank": [1.0, 1 / 3, 1 / 4],
@@ -164,9 +215,7 @@ def uniform_ranks(num_candidates: int, copies: int) -> PartResult:
     zeros = np.zeros_like(above)
     return PartResult.of(
         TRAINED,
-        event_id=zeros,
-        user_index=zeros,
-        item_index=zeros,
+        [events(event_id=zeros.tolist())],
         counts=RankCounts(above, zeros, zeros + num_candidates, above, zeros),
         k=3,
     )
@@ -175,19 +224,19 @@ def uniform_ranks(num_candidates: int, copies: int) -> PartResult:
 @pytest.mark.parametrize("num_candidates", [1, 2, 3, 4, 50])
 def test_random_scores_are_the_mean_over_all_ranks(num_candidates: int) -> None:
     result = uniform_ranks(num_candidates, 2)
-    found = random_scores(result, num_negatives=num_candidates + 1, k=3)
+    found = random_scores(result, num_negatives=num_candidates + 1, k=3).metrics()
     for name, m in result.metrics().items():
         assert astuple(found[name]) == pytest.approx(astuple(m), nan_ok=True), name
 
 
 def test_random_scores_of_fewer_negatives_than_candidates() -> None:
-    total = random_scores(uniform_ranks(50, 1), num_negatives=19, k=5)["total"]
+    total = random_scores(uniform_ranks(50, 1), num_negatives=19, k=5).metrics()["total"]
     assert total.hit_rate == 5 / 20
     assert total.full_hit_rate == pytest.approx(5 / 50)
 
 
 def test_random_scores_serve_what_they_are_like() -> None:
     like = some_result([False, True, True])
-    found = random_scores(like, num_negatives=100, k=3)
+    found = random_scores(like, num_negatives=100, k=3).metrics()
     for name, m in like.metrics().items():
         assert (found[name].num_events, found[name].num_served) == (m.num_events, m.num_served)

@@ -36,9 +36,12 @@ Array = npt.NDArray[np.float64]
 
 
 def random_rows(seed: int, num_events: int = 123) -> list[Row]:
-    """In time order, ties among them; items come and go, so that some are not seen for long."""
+    """In time order, ties among them; items come and go, so that some are not seen for long.
+
+    User and item of the first event, which the training leaves out, are never seen again.
+    """
     generator = np.random.default_rng(seed)
-    return [
+    rows: list[Row] = [
         (
             int(generator.zipf(1.5) % 25) - 4,
             int((event // 15 * 2 + generator.zipf(1.5)) % 40) * 10**9,
@@ -46,6 +49,7 @@ def random_rows(seed: int, num_events: int = 123) -> list[Row]:
         )
         for event in range(num_events)
     ]
+    return [(99, 99 * 10**9, 0), *rows[1:]]
 
 
 def experiment(dataset: PreparedDataset, run: Path, **changes: Any) -> ExperimentConfig:

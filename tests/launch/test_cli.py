@@ -87,8 +87,20 @@ def test_synthesize_prepare_train_evaluate(felrec: Felrec, tmp_path: Path) -> No
     report = run / "evaluation" / "test-causal.json"
     first = json.loads(report.read_text())
     per_event = pq.read_table(report.with_suffix(".parquet"))
-    columns = ["event_id", "partition", "rank", "hit", "reciprocal_rank", "ndcg", "full_hit"]
+    columns = ["event_id", "partition", "user_interactions", "item_interactions", "rank", "hit"]
+    columns += ["reciprocal_rank", "ndcg", "full_hit"]
     assert per_event.column_names == columns
+    earlier = per_event["item_interactions"].to_pylist()
+    first_of_item = first["occurrence"]["felrec-q"]["item"][0]
+    assert first_of_item["num_events"] == earlier.count(0)
+    popular = pq.read_table(report.with_name("test-causal.most-popular.parquet"))
+    assert popular.column_names == columns
+    assert popular["item_interactions"].to_pylist() == earlier
+    ranks_of_new = [
+        rank for rank, count in zip(popular["rank"].to_pylist(), earlier, strict=True) if not count
+    ]
+    found = first["occurrence"]["most popular"]["item"][0]["normalized_rank"]
+    assert found == pytest.approx(sum(ranks_of_new) / len(ranks_of_new))
     assert per_event.num_rows == 120
     total = first["rows"]["felrec-q"]["total"]
     assert total["normalized_rank"] == pytest.approx(sum(per_event["rank"].to_pylist()) / 120)

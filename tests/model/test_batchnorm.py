@@ -41,6 +41,8 @@ VARIANTS = (
     model_config("felrec-q"),
     model_config("felrec-q", negatives="batch"),
     model_config("felrec-p"),
+    model_config("felrec-q", projection="shared", type_embedding=False),
+    model_config("felrec-p", projection="none", head_norm="layer"),
 )
 BATCH = 6
 
@@ -151,7 +153,7 @@ def test_is_the_batchnorm_of_the_whole_batch(
 def test_the_models_gradient_is_that_of_one_rank(
     world_size: int, variant: int, on_ranks: Callable[[int], list[dict[str, Any]]]
 ) -> None:
-    """FELRec-Q against its queue, against the batch, and FELRec-P."""
+    """FELRec-Q against its queue, against the batch, FELRec-P, and ablations of both."""
     expected = train_on_slice(variant)
     for results in on_ranks(world_size):
         found = results[f"variant {variant}"]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from felrec_dist.model.felrec import (
@@ -21,7 +21,14 @@ from felrec_dist.model.felrec import (
     _disagreement,
     build_model,
 )
-from tests.model.inputs import D, encoder_inputs, model_config, normal, packed
+from tests.model.inputs import (
+    D,
+    encoder_inputs,
+    model_config,
+    normal,
+    packed,
+    slice_inputs,
+)
 
 BATCH = 6
 
@@ -40,8 +47,9 @@ def build_p() -> FELRecP:
     return model
 
 
-def answer_always(head: Head, vector_D: Tensor) -> None:
+def answer_always(head: nn.Module, vector_D: Tensor) -> None:
     """Makes a head ignore its input."""
+    assert isinstance(head, Head)
     with torch.no_grad():
         head.linear2.weight.zero_()
         head.linear2.bias.copy_(vector_D)
@@ -275,6 +283,122 @@ def test_unseen_items_are_items_without_history(has_identity: bool) -> None:
     )
     torch.testing.assert_close(found_BD, model.represent(inputs)[1], rtol=1e-12, atol=1e-12)
     assert torch.equal(found_BD, found_BD[:1].expand(BATCH, D)) != has_identity
+
+
+SHARED: dict[str, object] = {"projection": "shared"}
+NONE: dict[str, object] = {"projection": "none"}
+LAYER: dict[str, object] = {"head_norm": "layer"}
+NO_TYPE: dict[str, object] = {"type_embedding": False}
+ABLATIONS: list[tuple[str, dict[str, object], int, str]] = [
+    ("felrec-q", LAYER, 479_488, "felrec-q-LN"),
+    ("felrec-q", NONE, 479_488 - 2 * 33_280, "felrec-q-NoMLP"),
+    ("felrec-q", SHARED, 479_488 - 33_280, "felrec-q-shareMLP"),
+    ("felrec-q", NO_TYPE, 479_488 - 2 * 128, "felrec-q-NoType"),
+    ("felrec-p", LAYER, 580_096, "felrec-p-LN"),
+    # Without projections the predictions are 128 -> 256 -> 128, not 64 -> 256 -> 64.
+    ("felrec-p", NONE, 580_096 - 2 * 49_984 + 2 * (66_432 - 33_600), "felrec-p-NoMLP"),
+    ("felrec-p", SHARED | NO_TYPE, 580_096 - 49_984 - 2 * 128, "felrec-p-shareMLP-NoType"),
+]
+
+
+@pytest.mark.parametrize(("variant", "changes", "count", "name"), ABLATIONS)
+def test_ablations_have_names_and_fewer_parameters(
+    variant: str, changes: dict[str, object], count: int, name: str
+) -> None:
+    config = ModelConfig.model_validate({"variant": variant, **changes})
+    model = build_model(config)
+    assert config.name == name
+    assert model.num_parameters == count
+    names = [parameter for parameter, _ in model.named_parameters()]
+    assert any("type_embedding" in name for name in names) == config.type_embedding
+    assert any("batchnorm" in name for name in names) == (
+        config.head_norm == "batch" and any("linear1" in name for name in names)
+    )
+    # Two names for one tensor cannot be saved.
+    pointers = [tensor.data_ptr() for tensor in model.state_dict().values()]
+    assert len(set(pointers)) == len(pointers)
+
+
+@pytest.mark.parametrize(("variant", "changes", "count", "name"), ABLATIONS)
+def test_ablations_learn(variant: str, changes: dict[str, object], count: int, name: str) -> None:
+    torch.manual_seed(0)
+    model = build_model(model_config(variant, **changes)).double()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    inputs = encoder_inputs(0, BATCH)
+    losses = []
+    for _ in range(40):
+        output = model(inputs)
+        assert output.user_BD.shape == output.item_BD.shape == (BATCH, D)
+        assert [p.shape for p in output.projections_BD] == [(BATCH, D)] * len(output.projections_BD)
+        losses.append(output.loss.item())
+        optimizer.zero_grad()
+        output.loss.backward()
+        for parameter_name, parameter in model.named_parameters():
+            assert parameter.grad is not None, parameter_name
+        optimizer.step()
+    assert losses[-1] < 0.8 * losses[0]
+    model.eval()
+    with torch.no_grad():
+        for vectors in (
+            model.compared_users(output.user_BD),
+            model.compared_items(output.item_BD),
+        ):
+            torch.testing.assert_close(vectors.norm(dim=1), torch.ones_like(vectors[:, 0]))
+
+
+def test_a_shared_projection_learns_from_both_sides() -> None:
+    """Its gradient is the sum of those that two equal projections get, one of each side."""
+    shared, separate = build_q(projection="shared"), build_q()
+    state = shared.state_dict()
+    copied = {name.replace("user_projection", "item_projection"): t for name, t in state.items()}
+    separate.load_state_dict({**copied, **state})
+    inputs = encoder_inputs(0, BATCH)
+    found = _gradients(shared, shared(inputs).loss)
+    apart = _gradients(separate, separate(inputs).loss)
+    for name, gradient in found.items():
+        if not name.startswith("user_projection"):
+            continue
+        other = apart[name.replace("user_projection", "item_projection")]
+        assert other.abs().max() > 1e-6 or "linear1.bias" in name
+        torch.testing.assert_close(gradient, apart[name] + other, rtol=1e-9, atol=1e-12)
+
+
+def test_without_projection_the_representations_are_contrasted() -> None:
+    model = build_q(projection="none")
+    output = model(encoder_inputs(0, BATCH))
+    for projection_BD, row_BD in zip(
+        output.projections_BD, (output.user_BD, output.item_BD), strict=True
+    ):
+        torch.testing.assert_close(projection_BD, F.normalize(row_BD, dim=1))
+
+
+@pytest.mark.parametrize(("changes", "is_alone"), [(LAYER, True), ({}, False)])
+def test_with_layernorm_events_do_not_see_each_other(
+    changes: dict[str, object], is_alone: bool
+) -> None:
+    model = build_q(**changes)
+    inputs = encoder_inputs(0, BATCH)
+    whole = model(inputs).projections_BD[0][:2]
+    part = model(slice_inputs(inputs, 0, 2)).projections_BD[0]
+    assert torch.allclose(whole, part, rtol=1e-9) == is_alone
+
+
+def test_without_types_both_sides_read_their_histories_alike() -> None:
+    model = build_q(type_embedding=False).eval()
+    inputs = encoder_inputs(0, BATCH)
+    swapped = EncoderInputs(
+        items_of_users_BSD=inputs.users_of_items_BSD,
+        users=inputs.items,
+        users_of_items_BSD=inputs.items_of_users_BSD,
+        items=inputs.users,
+    )
+    assert torch.equal(model.represent(inputs)[0], model.represent(swapped)[1])
+
+
+def test_a_model_without_heads_has_no_norm() -> None:
+    with pytest.raises(ValueError, match="felrec-q without projection has no heads"):
+        model_config("felrec-q", **NONE, **LAYER)
+    assert model_config("felrec-p", **NONE, **LAYER).name == "felrec-p-LN-NoMLP"
 
 
 def test_one_seed_gives_one_model() -> None:

@@ -76,7 +76,19 @@ def test_a_run_logs_every_figure(dataset: PreparedDataset, tmp_path: Path, varia
     expected |= evaluation_tags("validation", in_validation) | evaluation_tags("test", present)
     if variant == "felrec-q":
         expected |= CHANCE_TAGS
-    assert scalars.keys() == expected
+    by_occurrence = {tag for tag in scalars if "_by_occurrence/" in tag}
+    assert scalars.keys() - by_occurrence == expected
+    groups = result.test.occurrence()
+    assert {tag for tag in by_occurrence if tag.startswith("test")} == {
+        f"test_by_occurrence/{kind}/{side} {name}"
+        for side, metrics in groups.items()
+        for name, m in zip(("1", "2", "3-5", "6-20", "21-100", "101-"), metrics, strict=True)
+        for kind in ("rank(0..1)", "HR@10(%)")
+        if m.num_served
+    }
+    found = scalars["test_by_occurrence/rank(0..1)/user 3-5"]
+    assert found == pytest.approx({45: groups["user"][2].normalized_rank}, rel=1e-5)
+    assert list(scalars["validation_by_occurrence/HR@10(%)/item 1"]) == [15, 30, 45]
 
     for tag in STEP_TAGS:
         assert list(scalars[tag]) == [5, 10, 15, 20, 25, 30, 35, 40, 45]
