@@ -6,27 +6,23 @@ Shape legend: n events of the test.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import fsspec
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import pyarrow.parquet as pq
 
-from felrec_dist.data.dataset import PreparedDataset
-from felrec_dist.data.stream import EventStream
 from felrec_dist.errors import InputError, storage_errors
-from felrec_dist.evaluation.report import report_url
-from felrec_dist.evaluation.result import PARTITIONS
-from felrec_dist.reporting.runs import Run
+from felrec_dist.evaluation.result import OCCURRENCES, PARTITIONS, occurrence_name
 
 Int64s = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
 
-_READ_EVENTS = 65_536
-_COLUMNS = ("event_id", "partition", "rank", "hit")
+_COLUMNS = ("partition", "user_interactions", "item_interactions", "rank", "hit")
 
 
 @dataclass(frozen=True)
@@ -36,7 +32,7 @@ class RankedEvents:
     Attributes:
         is_new_item_n: whether the item does not occur in the training part.
         rank_n: normalized ranks; NaN where it was not served.
-        hit_n: 0 or 1, among the sampled negatives; NaN likewise.
+        hit_n: 0 or 1 among the sampled negatives, of random scores the probability; NaN likewise.
         num_earlier_of_user_n, num_earlier_of_item_n: events of the user, of the item, before it.
     """
 
@@ -69,39 +65,42 @@ class Bucket:
     error: float
 
 
-def read_events(run: Run, dataset: PreparedDataset) -> RankedEvents:
-    """Returns the events of a run's test.
+def read_events(test_url: str, baseline: str = "") -> RankedEvents:
+    """Returns the events of a test.
+
+    Args:
+        test_url: of its report, without the ending.
+        baseline: a free one that was ranked beside the model; empty for the model itself.
 
     Raises:
-        InputError: the file is missing, damaged or of other events than the data set's test.
-        DatasetError, StorageError: a file cannot be read.
+        InputError: the file is missing, or of another felrec-dist.
+        StorageError: it cannot be read.
     """
-    url = f"{report_url(run.url, run.report.protocol, run.report.variant)}.parquet"
+    url = f"{test_url}.{baseline.replace(' ', '-')}.parquet" if baseline else f"{test_url}.parquet"
     with storage_errors("the ranks of a test cannot be read", url):
         try:
             with fsspec.open(url, "rb") as file:
-                table = pq.read_table(file, columns=list(_COLUMNS))
+                table = pq.read_table(file)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise InputError("there are no ranks of a test beside its report", where=url) from error
-    batches = [
-        batch for batch, _ in EventStream(dataset, dataset.split.test, _READ_EVENTS).batches()
-    ]
-    expected = np.concatenate([batch.event_id for batch in batches])
-    if not np.array_equal(table["event_id"].to_numpy(), expected):
+    if missing := [name for name in _COLUMNS if name not in table.column_names]:
         raise InputError(
-            "the ranks of a test are of other events than those of the data set",
+            "the ranks of a test do not hold what they should",
             where=url,
-            got=f"{table.num_rows} events",
-            expected=f"the {len(expected)} of {dataset.url}",
+            got=f"no {', '.join(missing)}",
+            remedy="felrec evaluate with the run's config.yaml and a checkpoint writes them anew",
         )
-    partition = np.asarray(table["partition"].to_pylist())
     return RankedEvents(
-        is_new_item_n=partition == PARTITIONS[2],
-        rank_n=np.asarray(table["rank"].to_numpy(), np.float64),
-        hit_n=np.array([np.nan if hit is None else float(hit) for hit in table["hit"].to_pylist()]),
-        num_earlier_of_user_n=np.concatenate([batch.user_length for batch in batches]),
-        num_earlier_of_item_n=np.concatenate([batch.item_length for batch in batches]),
+        is_new_item_n=np.asarray(table["partition"].to_pylist()) == PARTITIONS[2],
+        rank_n=_with_nan(table["rank"]),
+        hit_n=_with_nan(table["hit"].cast(pa.float64())),
+        num_earlier_of_user_n=table["user_interactions"].to_numpy(),
+        num_earlier_of_item_n=table["item_interactions"].to_numpy(),
     )
+
+
+def _with_nan(column: pa.ChunkedArray) -> Floats:
+    return np.asarray(column.fill_null(float("nan")).to_numpy(), np.float64)
 
 
 @dataclass(frozen=True)
@@ -115,8 +114,8 @@ class View:
         x_label: of the axis.
         num_earlier_n: of which side.
         is_shown_n: which events take part.
-        starts: the fewest earlier events of each bucket, ascending from 0; None doubles them: 0, 1,
-            2, 4, ... as far as the items of the test go.
+        doubles: buckets begin at 0, 1, 2, 4, ... as far as the test goes; otherwise they are those
+            of OCCURRENCES.
     """
 
     name: str
@@ -125,7 +124,7 @@ class View:
     x_label: str
     num_earlier_n: Callable[[RankedEvents], Int64s]
     is_shown_n: Callable[[RankedEvents], Bools]
-    starts: tuple[int, ...] | None = None
+    doubles: bool = True
 
     def means(self, events: RankedEvents, values_n: Floats, scale: float) -> list[Bucket]:
         """Returns the buckets, in order.
@@ -137,27 +136,20 @@ class View:
         """
         is_shown_n = self.is_shown_n(events)
         num_earlier_n = self.num_earlier_n(events)
-        if self.starts is None:
+        if self.doubles:
             # Those of all events, so that views of new and of other items have the same axis.
             most = int(num_earlier_n.max(initial=1))
             starts = [0, *(2**power for power in range(most.bit_length()))]
             labels = [f"{start}" for start in starts]
         else:
-            starts, labels = list(self.starts), _occurrences(self.starts)
+            # The k-th comes after k - 1 others.
+            starts = [first - 1 for first, _ in OCCURRENCES]
+            labels = [occurrence_name(first, last) for first, last in OCCURRENCES]
         bucket_n = np.searchsorted(starts, num_earlier_n, side="right") - 1
         return [
             _bucket(label, scale * values_n[is_shown_n & (bucket_n == number)])
             for number, label in enumerate(labels)
         ]
-
-
-def _occurrences(starts: Sequence[int]) -> list[str]:
-    """Returns which occurrences a bucket holds: the k-th comes after k - 1 others."""
-    ends = [*starts[1:], None]
-    return [
-        f">{start}" if end is None else f"{end}" if end == start + 1 else f"{start + 1}-{end}"
-        for start, end in zip(starts, ends, strict=True)
-    ]
 
 
 def _bucket(label: str, values: Floats) -> Bucket:
@@ -180,7 +172,6 @@ def _all(events: RankedEvents) -> Bools:
     return np.ones(len(events.rank_n), np.bool_)
 
 
-_KTH_OCCURRENCE = (0, 1, 2, 5, 20, 100)
 _EARLIER = "earlier events of the item, from"
 
 VIEWS = (
@@ -209,7 +200,7 @@ VIEWS = (
         "k-th event of the user",
         _of_user,
         _all,
-        _KTH_OCCURRENCE,
+        doubles=False,
     ),
     View(
         "kth-of-item",
@@ -218,7 +209,7 @@ VIEWS = (
         "k-th event of the item",
         _of_item,
         _all,
-        _KTH_OCCURRENCE,
+        doubles=False,
     ),
 )
 """Figure 2 of the paper, new items and the others apart, and the curves by k-th occurrence."""

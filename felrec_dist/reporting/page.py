@@ -27,7 +27,9 @@ def render(groups: Sequence[ComparedRuns], interaction: int | None = None) -> st
     """
     runs = distinct(groups)
     labels = dict.fromkeys(run.label for group in groups for run in group.runs)
-    styles = {label: Style.of(number) for number, label in enumerate(labels)}
+    styles = {
+        label: Style.of(number) for number, label in enumerate([*labels, *sections.DRAWN_BASELINES])
+    }
     statistics: dict[str, DatasetStatistics] = {}
     parts = [
         sections.what_was_run(runs),

@@ -18,12 +18,14 @@ from felrec_dist.data.dataset import PreparedDataset
 from felrec_dist.errors import DatasetError, FelrecError, InputError, storage_errors
 from felrec_dist.evaluation.compare import Comparison, ReportedRun, Row, compare, tested_as
 from felrec_dist.evaluation.evaluator import Protocol
-from felrec_dist.evaluation.report import TestReport
+from felrec_dist.evaluation.report import TestReport, report_url
 from felrec_dist.evaluation.result import metrics_from_json
 from felrec_dist.evaluation.suite import LOGS, TABLES
 from felrec_dist.reporting.curves import Curve, read_curves
 from felrec_dist.storage import exists
 from felrec_dist.training.checkpoint import Checkpoint, read_checkpoint
+
+_JSON = ".json"
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,11 @@ class Run:
     report: TestReport
     config: ExperimentConfig | None
     curves: Mapping[str, Curve]
+
+    @property
+    def test_url(self) -> str:
+        """Where its report is, without its ending; a folder may hold tests of several variants."""
+        return report_url(self.url, self.report.protocol, self.report.variant)
 
     @property
     def steps_per_epoch(self) -> int | None:
@@ -116,21 +123,20 @@ def read_runs(urls: Sequence[str], protocol: Protocol) -> list[ComparedRuns]:
             continue
         of_suite = [_table_of(url, table) for table in tables]
         groups += of_suite
-        shown = {run.url for group in of_suite for run in group.runs}
-        alone += [
-            ReportedRun.read(run, protocol)
-            for run in _tested_folders(url, protocol)
-            if run not in shown
-        ]
+        shown = {run.test_url for group in of_suite for run in group.runs}
+        for folder in _folders_of(url):
+            for test in _tests_in(folder, protocol):
+                if test.removesuffix(_JSON) not in shown:
+                    alone.append(ReportedRun.read(test, protocol))
     return groups + _compared(alone)
 
 
 def distinct(groups: Iterable[ComparedRuns]) -> list[Run]:
-    """Returns every run once, in the order of the tables."""
+    """Returns every test once, in the order of the tables."""
     runs: dict[str, Run] = {}
     for group in groups:
         for run in group.runs:
-            runs.setdefault(run.url, run)
+            runs.setdefault(run.test_url, run)
     return list(runs.values())
 
 
@@ -162,7 +168,9 @@ def _table_of(suite_url: str, table: Mapping[str, Any]) -> ComparedRuns:
         if url is not None:
             # The suite's folder may have been moved since.
             url = f"{suite_url.rstrip('/')}/{url.rstrip('/').rpartition('/')[2]}"
-            reported = ReportedRun.read(url, table["protocol"])
+            # A variant's report has another name; in a suite its folder holds no other one.
+            tests = _tests_in(url, table["protocol"])
+            reported = ReportedRun.read(tests[0] if tests else url, table["protocol"])
             runs.append(_read_run(url, row["label"], reported.report))
         costs = {name: row[name] for name in ("num_parameters", "step_seconds", "epoch_seconds")}
         rows.append(Row(row["label"], url, metrics_from_json(row["metrics"]), **costs))
@@ -170,16 +178,31 @@ def _table_of(suite_url: str, table: Mapping[str, Any]) -> ComparedRuns:
     return ComparedRuns(table["title"], comparison, runs, table["not_done"])
 
 
-def _tested_folders(suite_url: str, protocol: Protocol) -> list[str]:
-    """Returns the folders of a suite's runs and tests that have a report."""
+def _folders_of(suite_url: str) -> list[str]:
+    """Returns what may be the folders of a suite's runs and tests."""
     with storage_errors("the folder of a suite cannot be listed", suite_url):
-        fs, path = fsspec.core.url_to_fs(suite_url)
-        names = {entry.rstrip("/").rpartition("/")[2] for entry in fs.ls(path, detail=False)}
-        return [
-            f"{suite_url.rstrip('/')}/{name}"
-            for name in sorted(names - {LOGS})
-            if exists(fs, f"{path.rstrip('/')}/{name}/evaluation/test-{protocol}.json")
-        ]
+        names = _names_in(suite_url)
+    return [f"{suite_url.rstrip('/')}/{name}" for name in names if name not in (LOGS, TABLES)]
+
+
+def _tests_in(run_url: str, protocol: Protocol) -> list[str]:
+    """Returns the reports of a run's tests, the plain one first."""
+    plain = report_url(run_url, protocol)
+    folder, _, stem = plain.rpartition("/")
+    with storage_errors("the reports of a run cannot be listed", folder):
+        names = [name for name in _names_in(folder) if name.endswith(_JSON)]
+    found = [name for name in names if name.removesuffix(_JSON) == stem]
+    found += [name for name in names if name.startswith(f"{stem}-")]
+    return [f"{folder}/{name}" for name in found]
+
+
+def _names_in(url: str) -> list[str]:
+    """Returns the names in a folder, sorted; none where it is no folder."""
+    fs, path = fsspec.core.url_to_fs(url)
+    fs.invalidate_cache()
+    if not exists(fs, path) or not fs.isdir(path):
+        return []
+    return sorted(entry.rstrip("/").rpartition("/")[2] for entry in fs.ls(path, detail=False))
 
 
 def _compared(alone: Sequence[ReportedRun]) -> list[ComparedRuns]:

@@ -26,6 +26,9 @@ from felrec_dist.reporting.runs import ComparedRuns, Run
 from felrec_dist.reporting.statistics import DatasetStatistics
 from felrec_dist.training.clock import STEP_PHASES
 
+DRAWN_BASELINES = ("most popular", "recently popular")
+"""Of the free ones: random scores are a level line."""
+
 _CACHE_TABLES = ("user", "item")
 
 Found = TypeVar("Found")
@@ -183,17 +186,25 @@ def results(number: int, group: ComparedRuns, styles: Mapping[str, Style]) -> Se
     if group.not_done:
         section.notes.append(f"Not done: {', '.join(group.not_done)}.")
     events = {}
-    for run in group.runs:
-        of_run = section.attempt(f"{run.label}: no figures by event", partial(_events_of, run))
-        if of_run is not None:
-            events[run.label] = of_run
+    for label, test_url, baseline in _ranked(group):
+        of_model = section.attempt(
+            f"{label}: no figures by event", partial(read_events, test_url, baseline)
+        )
+        if of_model is not None:
+            events[label] = of_model
     if events:
         _add_cold_start(section, number, group.comparison.test.k, events, styles)
     return section
 
 
-def _events_of(run: Run) -> RankedEvents:
-    return read_events(run, run.dataset())
+def _ranked(group: ComparedRuns) -> list[tuple[str, str, str]]:
+    """Returns label, test and baseline of what is drawn: the runs, and popularity of the first."""
+    first = group.runs[0]
+    free = [name for name in DRAWN_BASELINES if name in first.report.rows]
+    return [
+        *((run.label, run.test_url, "") for run in group.runs),
+        *((name, first.test_url, name) for name in free),
+    ]
 
 
 def _add_cold_start(
@@ -256,7 +267,7 @@ def _results_table(comparison: Comparison, metrics: Sequence[str], caption: str)
 
 def training(runs: Sequence[Run], styles: Mapping[str, Style]) -> Section:
     section = Section("training", "Training")
-    trained = [run for run in runs if run.curves]
+    trained = _trained(runs)
     for number, run in enumerate(trained):
         if "loss/total" in run.curves:
             section.plots.append(
@@ -324,7 +335,7 @@ def cache(
             if run.report.dataset_digest == digest and (rows := _rows_held(run)) is not None
         }
         section.plots.append(plots.growth_plot(f"growth-{number}", facts, measured))
-    for number, alike in enumerate(_alike([run for run in runs if run.curves])):
+    for number, alike in enumerate(_alike(_trained(runs))):
         of = alike[0].report.dataset
         for tag, name, title, unit in (
             ("cache/hot_tier_hits(%)", "hits", "Hits of the hot tier", "ids read, %"),
@@ -374,6 +385,15 @@ def representations(runs: Sequence[Run], interaction: int | None) -> Section:
 
 def _is_felrec(run: Run) -> bool:
     return run.config is not None and isinstance(run.config.model, ModelConfig)
+
+
+def _trained(runs: Iterable[Run]) -> list[Run]:
+    """Returns those that were trained, each folder once: variants of a test share it."""
+    trained: dict[str, Run] = {}
+    for run in runs:
+        if run.curves:
+            trained.setdefault(run.url, run)
+    return list(trained.values())
 
 
 def _rows_held(run: Run) -> tuple[int, int] | None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -14,7 +14,6 @@ from felrec_dist.data.dataset import PreparedDataset
 from felrec_dist.errors import InputError
 from felrec_dist.reporting.cold_start import VIEWS, RankedEvents, read_events
 from felrec_dist.reporting.runs import Run, read_runs
-from tests import tiny
 
 NAN = float("nan")
 
@@ -28,7 +27,7 @@ def kth(k: int) -> str:
     for name, last in (("1", 1), ("2", 2), ("3-5", 5), ("6-20", 20), ("21-100", 100)):
         if k <= last:
             return name
-    return ">100"
+    return "101-"
 
 
 def test_the_means_are_those_of_a_loop(runs: list[str], dataset: PreparedDataset) -> None:
@@ -51,7 +50,7 @@ def test_the_means_are_those_of_a_loop(runs: list[str], dataset: PreparedDataset
             seen[side][row[side]] += 1
     assert len(rank_of) == 60
 
-    events = read_events(first_run(runs[0]), dataset)
+    events = read_events(first_run(runs[0]).test_url)
     for view in VIEWS:
         found = view.means(events, events.rank_n, 1.0)
         assert {each.label: each.num_events for each in found if each.num_events} == {
@@ -80,7 +79,7 @@ def test_the_edges_of_the_buckets_and_what_was_not_served() -> None:
         ("3-5", 2, 2, 6.0),
         ("6-20", 2, 2, 24.0),
         ("21-100", 2, 2, 119.0),
-        (">100", 2, 2, 1100.0),
+        ("101-", 2, 2, 1100.0),
     ]
     # Two values of 4 and 8: deviation 2.83, the mean's 2.
     assert found[2].error == pytest.approx(1.96 * 2.0)
@@ -91,15 +90,24 @@ def test_the_edges_of_the_buckets_and_what_was_not_served() -> None:
     ]
 
 
-def test_ranks_of_other_events_are_refused(
-    runs: list[str], dataset: PreparedDataset, tmp_path: Path
-) -> None:
-    url = tmp_path / "run"
-    shutil.copytree(runs[0], url)
-    run = first_run(str(url))
-    other = tiny.prepare_events(tmp_path, num_events=610)
-    with pytest.raises(InputError, match=r"other events(?s:.*)got: 60 events"):
-        read_events(run, other)
-    (url / "evaluation/test-causal.parquet").unlink()
-    with pytest.raises(InputError, match=r"no ranks(?s:.*)test-causal\.parquet"):
-        read_events(run, dataset)
+@pytest.mark.parametrize("baseline", ["", "most popular", "random"])
+def test_the_means_are_those_of_the_report(runs: list[str], baseline: str) -> None:
+    run = first_run(runs[1])
+    events = read_events(run.test_url, baseline)
+    by_side = run.report.occurrence[baseline or run.report.model]
+    for view in VIEWS[2:]:
+        expected = by_side[view.name.removeprefix("kth-of-")]
+        for field in ("normalized_rank", "hit_rate"):
+            found = view.means(events, events.values(field), 1.0)
+            assert [each.num_served for each in found] == [each["num_served"] for each in expected]
+            means = [NAN if each[field] is None else each[field] for each in expected]
+            assert [each.mean for each in found] == pytest.approx(means, nan_ok=True)
+
+
+def test_ranks_that_are_missing_or_old_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no ranks(?s:.*)test-causal\.most-popular\.parquet"):
+        read_events(str(tmp_path / "test-causal"), "most popular")
+    old = pa.table({"event_id": [1], "partition": ["observed"], "rank": [0.5], "hit": [True]})
+    pq.write_table(old, tmp_path / "test-causal.parquet")
+    with pytest.raises(InputError, match=r"got: no user_interactions, item_interactions\n"):
+        read_events(str(tmp_path / "test-causal"))

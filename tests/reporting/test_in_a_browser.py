@@ -56,9 +56,8 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tab]:
 def page(runs: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("page") / "index.html"
     # Labels as long as people's are.
-    labelled = [
-        f"FELRec, {letter}, as in the paper={url}" for letter, url in zip("QP", runs, strict=True)
-    ]
+    labels = ("FELRec-Q, as in the paper", "FELRec-P, as in the paper")
+    labelled = [f"{label}={url}" for label, url in zip(labels, runs, strict=True)]
     path.write_text(render(read_runs(labelled, "causal")), encoding="utf-8")
     return path
 
@@ -100,7 +99,7 @@ def test_what_is_wrong_with_a_page_is_noticed(opened: Tab, page: Path, tmp_path:
     text = page.read_text(encoding="utf-8").split("<meta http-equiv")[0] + "</head><body>"
     wrong.write_text(
         f"{text}<div style='width: 900px'>wide</div><img src='missing.png'>"
-        "<svg viewBox='0 0 400 100' width='200'><text x='390' y='50' style='font-size: 8px'>cut"
+        "<svg viewBox='0 0 400 100' width='200'><text x='390' y='50' style='font-size: 8px'>cut off"
         "</text></svg><script>console.error('said'); undefined.call()</script></body></html>",
         encoding="utf-8",
     )
@@ -108,7 +107,7 @@ def test_what_is_wrong_with_a_page_is_noticed(opened: Tab, page: Path, tmp_path:
     assert opened.evaluate("document.documentElement.scrollWidth") > PHONE
     assert opened.evaluate(f"{OUTSIDE}({PHONE})") == ["DIV "]
     assert opened.evaluate(TEXT_SIZES)[0][1] < SMALLEST_TEXT_PX
-    assert opened.evaluate(CUT_TEXTS) == ["cut"]
+    assert opened.evaluate(CUT_TEXTS) == ["cut off"]
     complaints = "\n".join(opened.complaints)
     assert "said" in complaints
     assert "TypeError" in complaints

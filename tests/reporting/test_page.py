@@ -112,8 +112,8 @@ def test_what_is_missing_is_said_and_the_rest_is_shown(tmp_path: Path) -> None:
     page = page_of(f"{ODD}={bare}")
     assert page.unclosed == []
     assert "script" not in page.elements
-    assert [note.partition(":")[0] for note in page.notes] == ["demo", ODD]
-    assert all("no config tells where the data set is" in note for note in page.notes)
+    assert [note.partition(":")[0] for note in page.notes] == ["demo", ODD, "most popular"]
+    assert "no config tells where the data set is" in page.notes[0]
     assert page.tables[0][1][:3] == [ODD, "bpr-mf", "demo"]
     assert ["0.300", "70.00", "0.200", "80.00", "-", "-"] == page.tables[2][2][1:7]
 
