@@ -24,6 +24,7 @@ from felrec_dist.errors import ConfigError, FelrecError
 from launch.benchmark_cli import benchmark
 from launch.cache_cli import cache_app
 from launch.compare_cli import compare
+from launch.report_cli import report
 from launch.scale_cli import scale
 from launch.stopping import stoppable
 from launch.submit_cli import submit
@@ -43,6 +44,7 @@ app.add_typer(cache_app, name="cache")
 app.command()(benchmark)
 app.command()(compare)
 app.command()(scale)
+app.command()(report)
 app.command()(submit)
 app.command()(suite)
 
@@ -53,7 +55,7 @@ REPORT_WIDTH = 124
 EXTRA_PACKAGES = {
     "s3fs": "pip install 'felrec-dist[s3]'",
     "gcsfs": "pip install gcsfs",
-    "matplotlib": "pip install 'felrec-dist[report]'",
+    **dict.fromkeys(("jinja2", "matplotlib", "sklearn"), "pip install 'felrec-dist[report]'"),
     "ray": "pip install 'felrec-dist[ray]'; to train and evaluate without it, add --local",
 }
 

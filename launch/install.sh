@@ -4,7 +4,7 @@
 # Without the last word both steps are done; the Dockerfile makes a layer of each. From the environment:
 #   TORCH_BUILD  cpu or cuda; by default cpu on a Linux machine without an NVIDIA GPU, so that no CUDA package is
 #                pulled in. On macOS there is only one build.
-#   EXTRAS       of pyproject.toml; by default ray,s3,report,torchrec,test
+#   EXTRAS       of pyproject.toml; by default ray,s3,torchrec,report,test
 set -euo pipefail
 usage="usage: launch/install.sh VENV [torch | felrec]"
 venv=${1:?"$usage"}
@@ -30,7 +30,7 @@ install_torch() {
 }
 
 install_felrec() {
-    local extras=${EXTRAS:-ray,s3,report,torchrec,test}
+    local extras=${EXTRAS:-ray,s3,torchrec,report,test}
     local constraints="$root/launch/constraints.txt"
     if [ "$TORCH_BUILD" = cpu ] && [[ ",$extras," == *,torchrec,* ]]; then
         # TorchRec asks for fbgemm-gpu, the CUDA build, by name: what it needs beside that is installed first.

@@ -21,6 +21,7 @@ NEED_DUCKDB = {
     f"felrec_dist.data.{name}"
     for name in ("arrange", "prepare", "sources", "stages", "target", "writer")
 }
+NEED_REPORT = {f"felrec_dist.reporting.{name}" for name in ("page", "plots", "sections")}
 
 BLOCK = """
 import sys
@@ -77,11 +78,12 @@ def test_imports_nothing_it_does_not_need_and_says_nothing(tmp_path: Path) -> No
     modules |= modules_of("cache_server", list(cache_server.__path__))
     modules |= {"launch", "launch.cache_cli", "launch.cli", "launch.compare_cli"}
     modules |= {"launch.local", "launch.progress", "launch.scale", "launch.scale_cli"}
-    assert NEED_DUCKDB < modules, "the exceptions must be real"
-    modules -= NEED_RAY | NEED_DUCKDB
+    assert NEED_DUCKDB | NEED_REPORT < modules, "the exceptions must be real"
+    modules -= NEED_RAY | NEED_DUCKDB | NEED_REPORT
     modules -= {name for name in modules if name.startswith("felrec_dist.baselines.")}
     modules.add("felrec_dist.baselines.config")
-    done = run_python(IMPORT_ALL, "ray,torchrec,duckdb", *sorted(modules), cwd=tmp_path)
+    blocked = "ray,torchrec,duckdb,matplotlib,sklearn,jinja2"
+    done = run_python(IMPORT_ALL, blocked, *sorted(modules), cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert list(tmp_path.iterdir()) == []
 
@@ -141,6 +143,15 @@ def test_a_baseline_without_torchrec_says_what_to_install(tmp_path: Path) -> Non
     assert "felrec-dist[torchrec]" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("package", ["matplotlib", "jinja2"])
+def test_a_report_without_its_packages_says_what_to_install(tmp_path: Path, package: str) -> None:
+    done = run_python(TRAIN, package, "report", str(tmp_path), "--out", str(tmp_path / "out"))
+    assert done.returncode == 1
+    assert f"{package} is not installed" in done.stderr
+    assert "felrec-dist[report]" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_run_on_ray_without_ray_says_what_to_install(tmp_path: Path) -> None:

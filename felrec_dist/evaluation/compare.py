@@ -158,7 +158,7 @@ def compare(runs: Sequence[ReportedRun]) -> Comparison:
 
 
 def _check_comparable(first: ReportedRun, other: ReportedRun) -> None:
-    expected, got = _tested_as(first.report), _tested_as(other.report)
+    expected, got = tested_as(first.report), tested_as(other.report)
     different = [name for name in expected if got[name] != expected[name]]
     if not different:
         return
@@ -176,7 +176,7 @@ def _check_comparable(first: ReportedRun, other: ReportedRun) -> None:
     )
 
 
-def _tested_as(report: TestReport) -> dict[str, str]:
+def tested_as(report: TestReport) -> dict[str, str]:
     """Returns what must be equal, in words. The digest of a data set is of its split, too."""
     return {
         "data set": report.dataset_digest[:16],

@@ -40,6 +40,7 @@ from felrec_dist.storage import check_names_one_folder, exists, json_sha256, wri
 
 NOTE = "suite.json"
 LOGS = "logs"
+TABLES = "tables.json"
 
 
 class SuiteRun(Section):
@@ -323,7 +324,7 @@ def write_tables(suite: Suite) -> list[str]:
     if pages:
         text = "\n\n".join(pages) + "\n"
         write_whole(f"{suite.out}/tables.md", text.encode(), "the tables cannot be written")
-        write_json(f"{suite.out}/tables.json", {"tables": values})
+        write_json(f"{suite.out}/{TABLES}", {"tables": values})
         texts.append(f"{suite.out}/tables.md, .json")
     if first_error is not None:
         raise first_error

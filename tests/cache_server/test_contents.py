@@ -11,7 +11,7 @@ import pytest
 
 from cache_server import contents
 from cache_server.client import CacheClient
-from cache_server.contents import cut_of, shard_contents, snapshot_contents
+from cache_server.contents import cut_of, shard_contents, snapshot_contents, snapshot_rows
 from cache_server.errors import SnapshotError
 from cache_server.hashing import bucket_of
 from cache_server.in_process import InProcessTransport
@@ -93,6 +93,40 @@ def test_a_snapshot_is_read_in_pieces(
     for name in TABLES:
         assert held[name].digests.tolist() == expected[name].digests.tolist()
         assert held[name].num_rows.tolist() == expected[name].num_rows.tolist()
+
+
+@pytest.mark.parametrize("piece_bytes", [2**30, 60_000, 1])
+def test_chosen_rows_are_those_that_a_fetch_gives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece_bytes: int
+) -> None:
+    """Of a chain, in any order, some of them twice and some never written."""
+    monkeypatch.setattr(contents, "PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr(contents, "NUM_BUCKETS", 5)
+    client = filled(3)
+    parts = client.snapshot(str(tmp_path), 1)
+    rows = np.ones((2, 3), np.float32)
+    client.write_back(
+        1,
+        {
+            "user": (KEYS[:2], KEYS[:2] + 2000, rows),
+            "item": (KEYS[:0],) * 2 + (np.empty((0, 4), np.float32),),
+        },
+    )
+    parts += client.snapshot(str(tmp_path), 2, since=1024)
+    generator = np.random.default_rng(0)
+    keys = {
+        "user": generator.permutation(np.concatenate([KEYS[:3], KEYS[-3:], KEYS[:1], [-77]])),
+        "item": np.array([49, 50, 3]),
+    }
+    held = snapshot_rows(str(tmp_path), parts, TABLES, keys)
+    expected = client.fetch(2, keys)
+    for name in TABLES:
+        assert held[name].rows.dtype == expected[name].rows.dtype
+        assert held[name].rows.tolist() == expected[name].rows.tolist()
+        assert held[name].found.tolist() == expected[name].found.tolist()
+    assert held["item"].found.tolist() == [True, False, True]
+    none = snapshot_rows(str(tmp_path), parts, TABLES, {"user": KEYS[:0]})["user"]
+    assert (none.rows.shape, none.found.shape) == ((0, 3), (0,))
 
 
 def test_no_piece_holds_more_than_its_share(

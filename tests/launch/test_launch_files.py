@@ -278,7 +278,7 @@ PINNED = "--constraint ROOT/launch/constraints.txt"
         (
             {"TORCH_BUILD": "cuda"},
             "felrec",
-            [f"--editable ROOT[ray,s3,report,torchrec,test] {PINNED}"],
+            [f"--editable ROOT[ray,s3,torchrec,report,test] {PINNED}"],
         ),
     ],
 )
