@@ -58,6 +58,7 @@ from cache_server.shared_messages import (
     to_fields,
 )
 from cache_server.snapshot import SnapshotPart
+from cache_server.spill import Spill
 from cache_server.transport import Pending, Reply
 
 # A fetch that waits for the fence holds its thread. Writes have threads of their own, or the
@@ -116,12 +117,19 @@ class ShardActor:
     """``ShardService`` in a process of its own; only assigns threads to methods."""
 
     def __init__(
-        self, tables: Mapping[str, TableSpec], shard: int, num_shards: int, block_rows: int
+        self,
+        tables: Mapping[str, TableSpec],
+        shard: int,
+        num_shards: int,
+        block_rows: int,
+        spill: Spill | None,
     ) -> None:
         self._name = f"cache shard {shard} of {num_shards}"
         self._buffers = MappedBuffers()
         self._service = ShardService(
-            CacheShard(tables, shard=shard, num_shards=num_shards, block_rows=block_rows),
+            CacheShard(
+                tables, shard=shard, num_shards=num_shards, block_rows=block_rows, spill=spill
+            ),
             can_wait=True,
         )
         socket = None
@@ -219,6 +227,7 @@ def create_shard_actors(
     num_cpus: float = 0,
     fetch_threads: int = 64,
     block_rows: int = DEFAULT_BLOCK_ROWS,
+    spill: Spill | None = None,
     placement_group: Any = None,
     name: str | None = None,
     namespace: str | None = None,
@@ -233,6 +242,7 @@ def create_shard_actors(
         fetch_threads: at least the number of clients times the fetches each has in flight; waiting
             fetches hold a thread.
         block_rows: rows in a block of a table, a power of two.
+        spill: of each shard, on its own node; None keeps all rows in memory.
         placement_group: has a bundle for each shard, in order, and stays the caller's; None lets
             Ray place each shard.
         name: names the actors ``<name>-0``, ``<name>-1``, ... for ``find_shard_actors``; None
@@ -270,7 +280,7 @@ def create_shard_actors(
                     placement_group, shard
                 )
             actor_class = remote_class.options(**options)
-            actors.append(_start(actor_class, dict(tables), shard, num_shards, block_rows))
+            actors.append(_start(actor_class, dict(tables), shard, num_shards, block_rows, spill))
         described = _wait_until_started(actors, num_cpus, deadline, timeout_s)
     except Exception as error:
         destroy_shard_actors(ShardHandles(tuple(actors), tables))

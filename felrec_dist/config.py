@@ -216,8 +216,12 @@ def parse_config(tree: Mapping[str, Any], *, where: str) -> ExperimentConfig:
 
 def with_absolute_paths(config: ExperimentConfig) -> ExperimentConfig:
     """Returns the config with relative local paths made absolute: workers run in other folders."""
+    cache = config.cache
+    if cache.spill_dir is not None:
+        cache = cache.model_copy(update={"spill_dir": os.path.abspath(cache.spill_dir)})
     return config.model_copy(
         update={
+            "cache": cache,
             "data": config.data.model_copy(update={"url": absolute_url(config.data.url)}),
             "run": config.run.model_copy(update={"url": absolute_url(config.run.url)}),
         }

@@ -188,6 +188,7 @@ def _attempt(
                 num_shards=config.cache.num_shards,
                 num_cpus=cluster.cpus_per_shard,
                 block_rows=config.cache.block_rows,
+                spill=config.cache.spill,
                 placement_group=for_the_shards,
                 name=cache_name(config.run.url) if job.checkpoint_url is None else None,
                 namespace=NAMESPACE,

@@ -113,7 +113,11 @@ class RunLog:
                 f"cache/{table}/{name}/shard_{shard.shard}": value
                 for shard in shards
                 for table, stats in shard.tables.items()
-                for name, value in (("size(rows)", stats.num_rows), ("size(bytes)", stats.nbytes))
+                for name, value in (
+                    ("size(rows)", stats.num_rows),
+                    ("size(bytes)", stats.nbytes),
+                    ("spilled(bytes)", stats.spilled_bytes),
+                )
             },
             global_step,
         )
