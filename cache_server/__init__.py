@@ -6,6 +6,7 @@
     transport.py      what a client needs of a way to the shards
       in_process.py   shards in the same process
       ray_transport.py  shards as Ray actors; imports Ray, so import it by its own name
+      ray_metrics.py    what these tell Ray's metrics; imports Ray, too
     service.py        a shard's shell: locks and waits
     shard.py          a shard: tables, last writer wins, the fence; pure
     snapshot.py       a shard's tables in files, and back into any number of shards

@@ -47,10 +47,10 @@ from cache_server.messages import (
     TableWrite,
     WriteBatch,
 )
-from cache_server.spill import Spill, SpillTier, ask_ahead
+from cache_server.spill import Spill, SpillTier, pieces
 from cache_server.storage import Rows, stored_dtype
 
-DEFAULT_BLOCK_ROWS = 65_536
+DEFAULT_BLOCK_ROWS = 16_384
 
 _RESTORING = -1
 """No generation has this number."""
@@ -284,20 +284,21 @@ class CacheTable:
 
     def store(self, write: TableWrite, row_numbers: Int32s) -> None:
         """``write`` that ``check_write`` passed, to the rows of ``make_room``."""
-        ask_ahead(self._blocks, row_numbers)
         is_new = row_numbers < 0
         if is_new.any():
             row_numbers[is_new] = self._index.insert(write.keys[is_new])
-        self._cuts.stored(
-            *_write_rows(
-                row_numbers,
-                read_only(write.versions),
-                read_only(_to_words(write.rows)),
-                self._blocks.addresses,
-                self._blocks.version_addresses,
-                self._block_shift,
+        words = _to_words(write.rows)
+        for piece in pieces(self._blocks, row_numbers):
+            self._cuts.stored(
+                *_write_rows(
+                    row_numbers[piece],
+                    read_only(write.versions[piece]),
+                    read_only(words[piece]),
+                    self._blocks.addresses,
+                    self._blocks.version_addresses,
+                    self._block_shift,
+                )
             )
-        )
 
     def check_write(self, write: TableWrite) -> None:
         """Raises CacheError if ``write`` breaks a rule; changes nothing."""
@@ -362,15 +363,15 @@ class CacheTable:
         return FetchedRows(np.ascontiguousarray(rows[:, : self.spec.width]), space.found)
 
     def _read_into(self, space: AnswerSpace, row_numbers: Int32s) -> None:
-        ask_ahead(self._blocks, row_numbers)
-        _read_rows(
-            read_only(row_numbers),
-            read_only(space.places),
-            self._blocks.addresses,
-            self._block_shift,
-            space.words,
-            space.found,
-        )
+        for piece in pieces(self._blocks, row_numbers):
+            _read_rows(
+                read_only(row_numbers[piece]),
+                read_only(space.places[piece]),
+                self._blocks.addresses,
+                self._block_shift,
+                space.words,
+                space.found,
+            )
 
     def _append_blocks(self, num_rows: int) -> None:
         while len(self._blocks) * self._blocks.block_rows < num_rows:

@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import mmap
 import os
+import resource
 import tempfile
 import weakref
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,10 +34,9 @@ _FILE_BYTES = 2**34
 
 _PAGE_BYTES = mmap.PAGESIZE
 _WILL_NEED = mmap.MADV_WILLNEED
-_SAMPLE_ROWS = 256
+_FIRST_PIECE = 16
 
-# By their names, so that the compiled code can be kept on disk.
-_mincore = types.ExternalFunction("mincore", types.int32(types.int64, types.uint64, types.int64))
+# By its name, so that the compiled code can be kept on disk.
 _madvise = types.ExternalFunction("madvise", types.int32(types.int64, types.uint64, types.int32))
 
 
@@ -163,25 +164,40 @@ class _SpillFile:
         return copy.reshape(block.shape)
 
 
-def ask_ahead(blocks: Blocks, row_numbers: Int32s) -> None:
-    """Has the disk read the pages of rows (M,) that are not in memory, all at once: a fault for
-    each, one after the other, would take 50 times as long. Negative numbers are no rows.
+def pieces(blocks: Blocks, row_numbers: Int32s) -> Iterator[slice]:
+    """Slices of rows (M,) to read or write one after the other; negative numbers are no rows.
+
+    As soon as one had to wait for the disk, the pages of all rows that are left are asked for, at
+    once: a wait for each, one after the other, would take 50 times as long. To ask for pages that
+    are there costs as much as to read them, so this is not done before.
     """
-    if blocks.num_spilled:
-        _ask_ahead(
-            read_only(row_numbers),
-            blocks.addresses,
-            blocks.num_spilled_rows,
-            blocks.block_rows,
-            blocks.rows_nbytes // blocks.block_rows,
-        )
+    if not blocks.num_spilled:
+        yield slice(0, row_numbers.size)
+        return
+    start, size = 0, _FIRST_PIECE
+    while start < row_numbers.size:
+        before = _waits_for_disk()
+        yield slice(start, start + size)
+        start += size
+        size *= 2
+        if start < row_numbers.size and _waits_for_disk() > before:
+            _ask_for(
+                read_only(row_numbers[start:]),
+                blocks.addresses,
+                blocks.num_spilled_rows,
+                blocks.block_rows,
+                blocks.rows_nbytes // blocks.block_rows,
+            )
+            size = row_numbers.size
+
+
+def _waits_for_disk() -> int:
+    """Pages that this thread had to wait for."""
+    return resource.getrusage(resource.RUSAGE_THREAD).ru_majflt
 
 
 @njit(nogil=True, cache=True)
-def _ask_ahead(rows, addresses, num_spilled_rows, block_rows, row_bytes):  # type: ignore[no-untyped-def]
-    # To ask costs as much as to copy a row, so only a sample says whether it is worth it.
-    if _are_in_memory(rows, addresses, num_spilled_rows, block_rows, row_bytes):
-        return
+def _ask_for(rows, addresses, num_spilled_rows, block_rows, row_bytes):  # type: ignore[no-untyped-def]
     # Rows that follow one another are asked for with one call.
     start, stop = np.int64(0), np.int64(0)
     for i in range(rows.size):
@@ -194,21 +210,3 @@ def _ask_ahead(rows, addresses, num_spilled_rows, block_rows, row_bytes):  # typ
             start = stop = place - place % _PAGE_BYTES
         stop = max(stop, place + row_bytes)
     _madvise(start, np.uint64(stop - start), np.int32(_WILL_NEED))
-
-
-@njit(nogil=True, cache=True)
-def _are_in_memory(rows, addresses, num_spilled_rows, block_rows, row_bytes):  # type: ignore[no-untyped-def]
-    pages = np.ones(1 + row_bytes // _PAGE_BYTES + 1, np.uint8)
-    step = max(1, rows.size // _SAMPLE_ROWS)
-    for i in range(0, rows.size, step):
-        row = np.int64(rows[i])
-        if row < 0 or row >= num_spilled_rows:
-            continue
-        start = addresses[row // block_rows] + (row % block_rows) * row_bytes
-        page = start - start % _PAGE_BYTES
-        num_pages = (start + row_bytes - page - 1) // _PAGE_BYTES + 1
-        _mincore(page, np.uint64(start + row_bytes - page), np.int64(pages.ctypes.data))
-        for j in range(num_pages):
-            if pages[j] & 1 == 0:
-                return False
-    return True
