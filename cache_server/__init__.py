@@ -6,9 +6,12 @@
     transport.py      what a client needs of a way to the shards
       in_process.py   shards in the same process
       ray_transport.py  shards as Ray actors; imports Ray, so import it by its own name
+      ray_metrics.py    what these tell Ray's metrics; imports Ray, too
     service.py        a shard's shell: locks and waits
     shard.py          a shard: tables, last writer wins, the fence; pure
     snapshot.py       a shard's tables in files, and back into any number of shards
+    blocks.py         the rows of a table in memory
+    spill.py          what does not fit there, in memory-mapped files
     cuts.py           which snapshots a delta may continue from
     contents.py       digests by bucket, of shards together or of a snapshot piece by piece
     index.py          key -> row, compiled
@@ -44,6 +47,7 @@ from cache_server.messages import (
     TableStats,
 )
 from cache_server.snapshot import SnapshotPart
+from cache_server.spill import Spill
 from cache_server.storage import STORAGE_TYPES, StorageType
 from cache_server.transport import Transport
 
@@ -64,6 +68,7 @@ __all__ = [
     "ShardStats",
     "SnapshotError",
     "SnapshotPart",
+    "Spill",
     "StorageType",
     "TableSpec",
     "TableStats",

@@ -11,6 +11,7 @@ from cache_server.messages import TableSpec
 from cache_server.service import ShardService
 from cache_server.shard import DEFAULT_BLOCK_ROWS, CacheShard
 from cache_server.shared_memory import BufferPool, PrivateBuffer
+from cache_server.spill import Spill
 from cache_server.transport import Pending, Reply
 
 
@@ -21,6 +22,7 @@ class InProcessTransport:
         tables: what each table holds, by name.
         num_shards: how many shards to cut the cache into.
         block_rows: rows in a block of a table, a power of two.
+        spill: of each shard; None keeps all rows in memory.
         can_wait: whether several threads use the shards, so that a fetch may wait for a write. If
             not, a fetch that would wait fails at once.
     """
@@ -31,13 +33,20 @@ class InProcessTransport:
         num_shards: int = 1,
         *,
         block_rows: int = DEFAULT_BLOCK_ROWS,
+        spill: Spill | None = None,
         can_wait: bool = False,
     ) -> None:
         self._tables = dict(tables)
         self._answers = BufferPool(PrivateBuffer)
         self._services = [
             ShardService(
-                CacheShard(tables, shard=shard, num_shards=num_shards, block_rows=block_rows),
+                CacheShard(
+                    tables,
+                    shard=shard,
+                    num_shards=num_shards,
+                    block_rows=block_rows,
+                    spill=spill,
+                ),
                 can_wait=can_wait,
             )
             for shard in range(num_shards)

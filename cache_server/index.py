@@ -34,6 +34,7 @@ _SLOT_MASK = np.uint64(0xFFFFFFFF)
 _FAST_RANGE_SHIFT = np.uint64(32)
 _SLOT_WORDS = 3
 _SMALLEST_CAPACITY = 16
+_WINDOW_ROWS = 2**22
 
 
 @njit(nogil=True, cache=True, inline="always")
@@ -128,24 +129,14 @@ def _keys_of_sub_tables(keys, chosen):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True)
-def _items(addresses, capacities, chosen, sub, slot, keys, rows):  # type: ignore[no-untyped-def]
-    """Copies occupied slots from (sub, slot) on, of ``chosen`` rows, until ``keys`` is full;
-    returns where to go on.
-    """
-    count = 0
-    while sub < addresses.size:
+def _keys_of_rows(addresses, capacities, first, keys):  # type: ignore[no-untyped-def]
+    """Fills ``keys`` with those of the rows from ``first`` on."""
+    for sub in range(addresses.size):
         slots = carray(int32_pointer(addresses[sub]), (capacities[sub], _SLOT_WORDS))
-        while slot < capacities[sub]:
-            if slots[slot, 2] != 0 and chosen[slots[slot, 2] - 1]:
-                if count == keys.size:
-                    return sub, slot, count
-                keys[count] = _key_of(slots, slot)
-                rows[count] = slots[slot, 2] - 1
-                count += 1
-            slot += 1
-        sub += 1
-        slot = 0
-    return sub, slot, count
+        for slot in range(capacities[sub]):
+            place = np.int64(slots[slot, 2]) - 1 - first
+            if 0 <= place < keys.size and slots[slot, 2] != 0:
+                keys[place] = _key_of(slots, slot)
 
 
 class IdIndex:
@@ -222,23 +213,25 @@ class IdIndex:
     def items(
         self, chunk_rows: int = 65_536, chosen: NDArray[np.bool_] | None = None
     ) -> Iterator[tuple[Int64s, Int32s]]:
-        """(keys, rows) in chunks of at most ``chunk_rows``, in no order; the index must not change
-        meanwhile.
+        """(keys, rows) in chunks of at most ``chunk_rows``, in the order of the rows; the index
+        must not change meanwhile.
 
         Args:
             chunk_rows: the largest chunk.
             chosen: (number of keys,), the rows wanted; None for all.
         """
-        chosen = np.ones(len(self), np.bool_) if chosen is None else chosen
-        sub, slot = 0, 0
-        while sub < _NUM_SUB_TABLES:
-            keys = np.empty(chunk_rows, np.int64)
-            rows = np.empty(chunk_rows, np.int32)
-            sub, slot, count = _items(
-                self._addresses, self._capacities, chosen, sub, slot, keys, rows
-            )
-            if count:
-                yield keys[:count], rows[:count]
+        # Keys lie in no order in the index. It is read once for each window, so that they take
+        # little memory.
+        for first in range(0, len(self), _WINDOW_ROWS):
+            keys = np.empty(min(_WINDOW_ROWS, len(self) - first), np.int64)
+            rows = np.arange(first, first + keys.size, dtype=np.int32)
+            if chosen is not None:
+                rows = rows[chosen[first : first + keys.size]]
+            if rows.size:
+                _keys_of_rows(self._addresses, self._capacities, first, keys)
+            for start in range(0, rows.size, chunk_rows):
+                chunk = rows[start : start + chunk_rows]
+                yield keys[chunk - first], chunk
 
     def _too_small_for(self, new_keys: Int64s) -> NDArray[np.bool_]:
         """Which sub-tables would be more than 3/4 full."""

@@ -220,14 +220,16 @@ class TableStats:
         num_rows: ids held.
         row_bytes: bytes of one row in memory, its padding included.
         index_bytes: bytes allocated for the id index.
-        nbytes: bytes allocated in all; the system commits a block's pages as they are first
+        nbytes: bytes allocated in memory; the system commits a block's pages as they are first
             written.
+        spilled_bytes: bytes of rows in files of the spill tier.
     """
 
     num_rows: int
     row_bytes: int
     index_bytes: int
     nbytes: int
+    spilled_bytes: int
 
 
 @dataclass(frozen=True)

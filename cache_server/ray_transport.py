@@ -1,4 +1,4 @@
-"""Shards as Ray actors. The only module of the package that imports Ray.
+"""Shards as Ray actors. With ``ray_metrics``, the only module of the package that imports Ray.
 
 The driver creates the actors and hands the handles to the workers; each worker makes its own
 ``RayTransport`` of them. Another driver finds named ones with ``find_shard_actors``. An actor is
@@ -40,6 +40,7 @@ from cache_server.messages import (
     TableSpec,
     WriteBatch,
 )
+from cache_server.ray_metrics import ShardMetrics
 from cache_server.service import ShardService
 from cache_server.shard import DEFAULT_BLOCK_ROWS, CacheShard
 from cache_server.shared_memory import (
@@ -58,6 +59,7 @@ from cache_server.shared_messages import (
     to_fields,
 )
 from cache_server.snapshot import SnapshotPart
+from cache_server.spill import Spill
 from cache_server.transport import Pending, Reply
 
 # A fetch that waits for the fence holds its thread. Writes have threads of their own, or the
@@ -116,12 +118,20 @@ class ShardActor:
     """``ShardService`` in a process of its own; only assigns threads to methods."""
 
     def __init__(
-        self, tables: Mapping[str, TableSpec], shard: int, num_shards: int, block_rows: int
+        self,
+        tables: Mapping[str, TableSpec],
+        shard: int,
+        num_shards: int,
+        block_rows: int,
+        spill: Spill | None,
+        label: str,
     ) -> None:
         self._name = f"cache shard {shard} of {num_shards}"
         self._buffers = MappedBuffers()
         self._service = ShardService(
-            CacheShard(tables, shard=shard, num_shards=num_shards, block_rows=block_rows),
+            CacheShard(
+                tables, shard=shard, num_shards=num_shards, block_rows=block_rows, spill=spill
+            ),
             can_wait=True,
         )
         socket = None
@@ -129,6 +139,7 @@ class ShardActor:
             # Else every call goes through Ray.
             with suppress(OSError):
                 socket = SocketServer(self._answer_directly).name
+        self._metrics = ShardMetrics(self._service, label, shard)
         node_id = ray.get_runtime_context().get_node_id()
         self._description = CacheDescription(num_shards, tables, node_id, socket)
 
@@ -219,7 +230,9 @@ def create_shard_actors(
     num_cpus: float = 0,
     fetch_threads: int = 64,
     block_rows: int = DEFAULT_BLOCK_ROWS,
+    spill: Spill | None = None,
     placement_group: Any = None,
+    label: str = "",
     name: str | None = None,
     namespace: str | None = None,
     timeout_s: float = 60.0,
@@ -233,8 +246,10 @@ def create_shard_actors(
         fetch_threads: at least the number of clients times the fetches each has in flight; waiting
             fetches hold a thread.
         block_rows: rows in a block of a table, a power of two.
+        spill: of each shard, on its own node; None keeps all rows in memory.
         placement_group: has a bundle for each shard, in order, and stays the caller's; None lets
             Ray place each shard.
+        label: what Ray's metrics of the shards are marked with, as ``run``.
         name: names the actors ``<name>-0``, ``<name>-1``, ... for ``find_shard_actors``; None
             leaves them without.
         namespace: the Ray namespace of the names.
@@ -270,7 +285,9 @@ def create_shard_actors(
                     placement_group, shard
                 )
             actor_class = remote_class.options(**options)
-            actors.append(_start(actor_class, dict(tables), shard, num_shards, block_rows))
+            actors.append(
+                _start(actor_class, dict(tables), shard, num_shards, block_rows, spill, label)
+            )
         described = _wait_until_started(actors, num_cpus, deadline, timeout_s)
     except Exception as error:
         destroy_shard_actors(ShardHandles(tuple(actors), tables))

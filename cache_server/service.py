@@ -9,8 +9,10 @@ the reverse.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 from cache_server.errors import CacheError, CacheTimeoutError
 from cache_server.messages import (
@@ -23,6 +25,25 @@ from cache_server.messages import (
 )
 from cache_server.shard import CacheShard
 from cache_server.snapshot import SnapshotPart, read_snapshot, write_snapshot
+
+
+class ServiceCounters(NamedTuple):
+    """What a shard has done since it was made: calls, rows, seconds of waiting for other calls, and
+    seconds of work.
+    """
+
+    fetches: int = 0
+    fetched_rows: int = 0
+    fetch_wait_s: float = 0.0
+    fetch_s: float = 0.0
+    writes: int = 0
+    written_rows: int = 0
+    write_wait_s: float = 0.0
+    write_s: float = 0.0
+
+    def plus(self, other: ServiceCounters) -> ServiceCounters:
+        """The sums."""
+        return ServiceCounters._make(a + b for a, b in zip(self, other, strict=True))
 
 
 class ShardService:
@@ -41,6 +62,7 @@ class ShardService:
         self._num_reading = 0
         self._num_waiting_to_write = 0
         self._is_writing = False
+        self.counters = ServiceCounters()
 
     def fence(self) -> Fence:
         """How far the shard is; never waits, so it answers while something else hangs."""
@@ -52,13 +74,34 @@ class ShardService:
         Raises:
             CacheTimeoutError: they did not come within ``wait_s``.
         """
+        began = time.perf_counter()
         with self._reading(f"fetch of step {request.step}", request, wait_s):
-            return self._shard.fetch(request)
+            ready = time.perf_counter()
+            rows = self._shard.fetch(request)
+        self._count(
+            ServiceCounters(
+                fetches=1,
+                fetched_rows=sum(keys.size for keys in request.keys.values()),
+                fetch_wait_s=ready - began,
+                fetch_s=time.perf_counter() - ready,
+            )
+        )
+        return rows
 
     def write(self, batch: WriteBatch, wait_s: float) -> None:
         """``CacheShard.write``."""
+        began = time.perf_counter()
         with self._alone(f"write of step {batch.step}", wait_s):
+            ready = time.perf_counter()
             self._shard.write(batch)
+        self._count(
+            ServiceCounters(
+                writes=1,
+                written_rows=sum(write.keys.size for write in batch.tables.values()),
+                write_wait_s=ready - began,
+                write_s=time.perf_counter() - ready,
+            )
+        )
 
     def clear(self, generation: int, step: int, wait_s: float) -> None:
         """``CacheShard.clear``."""
@@ -196,6 +239,10 @@ class ShardService:
             with self._changed:
                 self._is_writing = False
                 self._changed.notify_all()
+
+    def _count(self, more: ServiceCounters) -> None:
+        with self._changed:
+            self.counters = self.counters.plus(more)
 
     def _timeout(self, what: str, needs: str, remedy: str) -> CacheTimeoutError:
         return CacheTimeoutError(

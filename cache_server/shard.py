@@ -18,6 +18,7 @@ import numpy as np
 from numba import carray, njit
 
 from cache_server.addresses import int64_pointer, uint64_pointer
+from cache_server.blocks import NEVER_WRITTEN, Blocks
 from cache_server.cuts import NO_VERSION, CutLog
 from cache_server.errors import CacheError
 from cache_server.hashing import (
@@ -46,11 +47,10 @@ from cache_server.messages import (
     TableWrite,
     WriteBatch,
 )
+from cache_server.spill import Spill, SpillTier, pieces
 from cache_server.storage import Rows, stored_dtype
 
-DEFAULT_BLOCK_ROWS = 65_536
-
-_NEVER_WRITTEN = -1
+DEFAULT_BLOCK_ROWS = 16_384
 
 _RESTORING = -1
 """No generation has this number."""
@@ -96,7 +96,7 @@ def _write_rows(rows, versions, words, addresses, version_addresses, block_shift
     block_rows = 1 << block_shift
     num_words = words.shape[1]
     lowest = np.int64(NO_VERSION)
-    highest = np.int64(_NEVER_WRITTEN)
+    highest = np.int64(NEVER_WRITTEN)
     for i in range(rows.size):
         row = np.int64(rows[i])
         place = row & (block_rows - 1)
@@ -173,7 +173,7 @@ def rows_digest(keys: Int64s, versions: Int64s, rows: Rows) -> int:
 
 class CacheTable:
     """Rows by key. Blocks of rows are appended and never copied: growth has no limit but memory,
-    and no pause.
+    and no pause. With a spill tier the disk is the limit, and a block is copied once, to a file.
 
     Args:
         spec: width and storage type.
@@ -182,6 +182,7 @@ class CacheTable:
         max_rows: the largest number of rows.
         where: what errors call it.
         cuts: is told the versions that are stored.
+        tier: takes the oldest blocks; None leaves all of them in memory.
     """
 
     def __init__(
@@ -192,6 +193,7 @@ class CacheTable:
         max_rows: int | None = None,
         where: str = "",
         cuts: CutLog | None = None,
+        tier: SpillTier | None = None,
     ) -> None:
         if block_rows < 1 or block_rows & (block_rows - 1):
             raise CacheError(
@@ -207,10 +209,10 @@ class CacheTable:
         # Words: one kernel serves every storage type, and loads are aligned.
         self._num_words = spec.row_words
         self._index = IdIndex() if max_rows is None else IdIndex(max_rows)
-        self._blocks: list[UInt64s] = []
-        self._version_blocks: list[Int64s] = []
-        self._addresses = np.empty(0, np.int64)
-        self._version_addresses = np.empty(0, np.int64)
+        self._blocks = Blocks(self._block_shift, self._num_words)
+        self._tier = tier
+        if tier is not None:
+            tier.add_table(self._blocks, self._index)
 
     def __len__(self) -> int:
         return len(self._index)
@@ -261,7 +263,7 @@ class CacheTable:
             (M,), the row of each key; -1 for those that have none yet.
 
         Raises:
-            CacheError: too many ids, or too little memory; nothing was changed.
+            CacheError: too many ids, or too little memory or disk; nothing was changed.
         """
         row_numbers = self._index.lookup(keys)
         new_keys = keys[row_numbers < 0]
@@ -285,16 +287,18 @@ class CacheTable:
         is_new = row_numbers < 0
         if is_new.any():
             row_numbers[is_new] = self._index.insert(write.keys[is_new])
-        self._cuts.stored(
-            *_write_rows(
-                row_numbers,
-                read_only(write.versions),
-                read_only(_to_words(write.rows)),
-                self._addresses,
-                self._version_addresses,
-                self._block_shift,
+        words = _to_words(write.rows)
+        for piece in pieces(self._blocks, row_numbers):
+            self._cuts.stored(
+                *_write_rows(
+                    row_numbers[piece],
+                    read_only(write.versions[piece]),
+                    read_only(words[piece]),
+                    self._blocks.addresses,
+                    self._blocks.version_addresses,
+                    self._block_shift,
+                )
             )
-        )
 
     def check_write(self, write: TableWrite) -> None:
         """Raises CacheError if ``write`` breaks a rule; changes nothing."""
@@ -320,10 +324,12 @@ class CacheTable:
         """
         chosen = None
         if since is not None:
-            chosen = _written_since(since, len(self), self._version_addresses, self._block_shift)
+            chosen = _written_since(
+                since, len(self), self._blocks.version_addresses, self._block_shift
+            )
         for keys, row_numbers in self._index.items(chunk_rows, chosen):
             versions = _read_versions(
-                read_only(row_numbers), self._version_addresses, self._block_shift
+                read_only(row_numbers), self._blocks.version_addresses, self._block_shift
             )
             yield keys, versions, self._read(row_numbers).rows
 
@@ -339,12 +345,12 @@ class CacheTable:
 
     def stats(self) -> TableStats:
         """Sizes."""
-        block_bytes = (self._num_words + 1) * WORD_BYTES << self._block_shift
         return TableStats(
             num_rows=len(self),
             row_bytes=self._num_words * WORD_BYTES,
             index_bytes=self._index.nbytes,
-            nbytes=len(self._blocks) * block_bytes + self._index.nbytes,
+            nbytes=self._blocks.memory_bytes + self._index.nbytes,
+            spilled_bytes=self._blocks.spilled_bytes,
         )
 
     def _read(self, row_numbers: Int32s) -> FetchedRows:
@@ -357,28 +363,23 @@ class CacheTable:
         return FetchedRows(np.ascontiguousarray(rows[:, : self.spec.width]), space.found)
 
     def _read_into(self, space: AnswerSpace, row_numbers: Int32s) -> None:
-        _read_rows(
-            read_only(row_numbers),
-            read_only(space.places),
-            self._addresses,
-            self._block_shift,
-            space.words,
-            space.found,
-        )
+        for piece in pieces(self._blocks, row_numbers):
+            _read_rows(
+                read_only(row_numbers[piece]),
+                read_only(space.places[piece]),
+                self._blocks.addresses,
+                self._block_shift,
+                space.words,
+                space.found,
+            )
 
     def _append_blocks(self, num_rows: int) -> None:
-        block_rows = 1 << self._block_shift
-        while len(self._blocks) * block_rows < num_rows:
-            try:
-                block, version_block = _empty_block(block_rows, self._num_words)
-            except MemoryError as error:
-                wanted = block_rows * (self._num_words + 1) * WORD_BYTES
-                raise MemoryError(f"{wanted} bytes for a block of {block_rows} rows") from error
-            self._blocks.append(block)
-            self._version_blocks.append(version_block)
-        if len(self._blocks) > self._addresses.size:
-            self._addresses = _addresses_of(self._blocks)
-            self._version_addresses = _addresses_of(self._version_blocks)
+        while len(self._blocks) * self._blocks.block_rows < num_rows:
+            if self._tier is not None:
+                self._tier.make_room(self._blocks)
+            self._blocks.append()
+            if self._tier is not None:
+                self._tier.added(self._blocks)
 
 
 class CacheShard:
@@ -390,6 +391,10 @@ class CacheShard:
         tables: what each table holds, by name.
         shard, num_shards: which of how many: the buckets it owns.
         block_rows: rows in a block of a table, a power of two.
+        spill: what may lie in memory, and where the rest goes; None keeps all of it in memory.
+
+    Raises:
+        CacheError: no file can be made where ``spill`` says.
     """
 
     def __init__(
@@ -399,12 +404,14 @@ class CacheShard:
         shard: int = 0,
         num_shards: int = 1,
         block_rows: int = DEFAULT_BLOCK_ROWS,
+        spill: Spill | None = None,
     ) -> None:
         self.specs = dict(tables)
         self.shard = shard
         self.num_shards = num_shards
         self.buckets = bucket_range(shard, num_shards)
         self._block_rows = block_rows
+        self._spill = spill
         self._generation = 0
         self._restored_from = _RESTORING
         self._received_step = -1
@@ -564,12 +571,15 @@ class CacheShard:
 
     def _empty(self) -> None:
         self.cuts = CutLog()
+        where = f"shard {self.shard} of {self.num_shards}"
+        tier = None if self._spill is None else SpillTier(self._spill, where)
         self._tables = {
             name: CacheTable(
                 spec,
                 block_rows=self._block_rows,
-                where=f"shard {self.shard} of {self.num_shards}, table {name}",
+                where=f"{where}, table {name}",
                 cuts=self.cuts,
+                tier=tier,
             )
             for name, spec in self.specs.items()
         }
@@ -637,14 +647,3 @@ def _to_words(rows: Rows) -> UInt64s:
     words = np.zeros((num_rows, -(-row_bytes // WORD_BYTES)), np.uint64)
     words.view(rows.dtype)[:, :width] = rows
     return words
-
-
-def _empty_block(block_rows: int, num_words: int) -> tuple[UInt64s, Int64s]:
-    # zeros, not empty: it costs nothing before the pages are used, and the padding is part of the
-    # digest.
-    rows = np.zeros((block_rows, num_words), np.uint64)
-    return rows, np.full(block_rows, _NEVER_WRITTEN, np.int64)
-
-
-def _addresses_of(blocks: list[UInt64s] | list[Int64s]) -> Int64s:
-    return np.array([block.ctypes.data for block in blocks], np.int64)

@@ -258,8 +258,12 @@ def parse_section(kind: type[AnySection], tree: Mapping[str, Any], *, where: str
 
 def with_absolute_paths(config: ExperimentConfig) -> ExperimentConfig:
     """Returns the config with relative local paths made absolute: workers run in other folders."""
+    cache = config.cache
+    if cache.spill_dir is not None:
+        cache = cache.model_copy(update={"spill_dir": os.path.abspath(cache.spill_dir)})
     return config.model_copy(
         update={
+            "cache": cache,
             "data": config.data.model_copy(update={"url": absolute_url(config.data.url)}),
             "run": config.run.model_copy(update={"url": absolute_url(config.run.url)}),
         }

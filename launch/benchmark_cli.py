@@ -22,7 +22,8 @@ def benchmark(
     name: Annotated[
         str,
         typer.Argument(
-            help="loader, encoder, step, end-to-end, evaluate, workers, prepare, cache, or all"
+            help="loader, encoder, step, end-to-end, evaluate, workers, prepare, cache, growth, "
+            "or all"
         ),
     ] = ALL,
     goals: Annotated[

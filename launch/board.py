@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import ray
 import ray.exceptions
 
+from launch.ray_metrics import TrainingMetrics
+
 if TYPE_CHECKING:
     from felrec_dist.training.trainer import Progress
 
@@ -52,10 +54,16 @@ def create_board() -> Any:
 
 
 class BoardProgress:
-    """Reports of a worker, sent at most every half second; and whether it should stop."""
+    """Reports of a worker, sent at most every half second; and whether it should stop.
 
-    def __init__(self, board: Any) -> None:
+    Args:
+        board: of the run.
+        metrics: takes what the worker measures.
+    """
+
+    def __init__(self, board: Any, metrics: TrainingMetrics) -> None:
         self.board = board
+        self.measure = metrics.measure
         self._stopping = False
         self._question: Any = None
         self._asked = -math.inf

@@ -253,7 +253,8 @@ class RunningCache:
                     "table": name,
                     "rows": table.num_rows,
                     "bytes": table.nbytes,
-                    "bytes_per_row": ratio(table.nbytes, table.num_rows),
+                    "spilled_bytes": table.spilled_bytes,
+                    "bytes_per_row": ratio(table.nbytes + table.spilled_bytes, table.num_rows),
                     "index_bytes": table.index_bytes,
                 }
                 for shard in shards

@@ -55,6 +55,7 @@ def _client(config: ExperimentConfig) -> Iterator[CacheClient]:
         config.cache_tables(),
         num_shards=config.cache.num_shards,
         block_rows=config.cache.block_rows,
+        spill=config.cache.spill,
         can_wait=True,
     )
     client = CacheClient(transport, timeout_s=config.cache.timeout_s)

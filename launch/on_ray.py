@@ -50,6 +50,7 @@ from felrec_dist.training.trainer import Progress
 from felrec_dist.training.world import World
 from launch.board import BoardProgress, create_board, shown
 from launch.places import for_shards, for_workers, reserved
+from launch.ray_metrics import TrainingMetrics, count_recoveries
 from launch.stopping import signals_kept
 from launch.workers import WorkerGroup, starting_workers
 
@@ -105,6 +106,7 @@ def run(
             _check_is_alone(config.run.url)
         # One for all attempts: a process less to start while everybody waits.
         board = create_board()
+        recoveries = count_recoveries(config.run.url)
         try:
             with shown(board, progress, should_stop):
                 while True:
@@ -116,6 +118,7 @@ def run(
                         delay_s = patience.next_delay(error)
                         progress.say(f"lost: {error.what} ({error.where})")
                         progress.say(f"going back to {patience.latest or 'the beginning'}")
+                        recoveries.inc()
                     pause(delay_s)
                     job = replace(job, resume=True)
         finally:
@@ -188,7 +191,9 @@ def _attempt(
                 num_shards=config.cache.num_shards,
                 num_cpus=cluster.cpus_per_shard,
                 block_rows=config.cache.block_rows,
+                spill=config.cache.spill,
                 placement_group=for_the_shards,
+                label=config.run.url,
                 name=cache_name(config.run.url) if job.checkpoint_url is None else None,
                 namespace=NAMESPACE,
                 timeout_s=cluster.start_timeout_s,
@@ -262,7 +267,7 @@ def _work(
     world = World.current(device)
     if world.device.type == "cpu":
         torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
-    progress = BoardProgress(board)
+    progress = BoardProgress(board, TrainingMetrics(config.run.url))
     try:
         with CacheClient(RayTransport(shards), timeout_s=config.cache.timeout_s) as client:
             if job.checkpoint_url is None:

@@ -79,3 +79,6 @@ class TerminalProgress:
     def say(self, line: str) -> None:
         # Paths may hold brackets, and a line that a program reads must stay one.
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def measure(self, scalars: Mapping[str, float]) -> None:
+        """They are in TensorBoard."""

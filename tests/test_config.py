@@ -104,6 +104,8 @@ def test_defaults_are_those_of_the_paper() -> None:
         ),
         ({"data": {"batch_size": 1}}, r"data\.batch_size must be 2 or more"),
         ({"cache": {"block_rows": 24}}, r"cache\.block_rows(.*\n)*.*24 must be a power of two"),
+        ({"cache": {"spill_dir": "/tmp"}}, r"memory_per_shard_gb = None need each other"),
+        ({"cache": {"memory_per_shard_gb": 1.0}}, r"spill_dir = None and(.*\n)*.*need each other"),
         ({"cache": {"block_rows": 0}}, r"cache\.block_rows(.*\n)*.*greater than or equal to 1"),
     ],
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from io import BytesIO
 from types import TracebackType
@@ -39,11 +39,20 @@ class RunLog:
         is_writer: whether this rank writes.
         steps_done: of a run that goes on; what it logged after them, before it was stopped, is
             hidden.
+        listen: is told every scalar of the writer, too.
 
     Every method raises StorageError when the file cannot be written.
     """
 
-    def __init__(self, run_url: str, *, is_writer: bool, steps_done: int = 0) -> None:
+    def __init__(
+        self,
+        run_url: str,
+        *,
+        is_writer: bool,
+        steps_done: int = 0,
+        listen: Callable[[Mapping[str, float]], None] = lambda scalars: None,
+    ) -> None:
+        self._listen = listen
         self._file = EventFile(f"{run_url.rstrip('/')}/tensorboard") if is_writer else None
         if self._file is not None and steps_done:
             # Steps are counted from 1 here: a scalar stands at the number of steps that were done.
@@ -125,7 +134,11 @@ class RunLog:
                 f"cache/{table}/{name}/shard_{shard.shard}": value
                 for shard in shards
                 for table, stats in shard.tables.items()
-                for name, value in (("size(rows)", stats.num_rows), ("size(bytes)", stats.nbytes))
+                for name, value in (
+                    ("size(rows)", stats.num_rows),
+                    ("size(bytes)", stats.nbytes),
+                    ("spilled(bytes)", stats.spilled_bytes),
+                )
             },
             global_step,
         )
@@ -171,6 +184,7 @@ class RunLog:
 
     def _write(self, scalars: Mapping[str, float], global_step: int) -> None:
         if self._file is not None:
+            self._listen(scalars)
             self._file.add(
                 [Event(step=global_step, summary=scalar(t, v)) for t, v in scalars.items()]
             )

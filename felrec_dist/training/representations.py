@@ -12,10 +12,10 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
-from cache_server import CacheClient, CacheCounters, FetchedRows, TableSpec
+from cache_server import CacheClient, CacheCounters, FetchedRows, Spill, TableSpec
 from cache_server.shard import DEFAULT_BLOCK_ROWS
 from felrec_dist.data.histories import Histories
 from felrec_dist.data.stream import EventBatch
@@ -50,6 +50,17 @@ class CacheConfig(Section):
         description="rows of each side kept on the trainer's device, recently used ones first",
     )
     timeout_s: float = Field(60.0, gt=0.0, description="limit of each wait for a shard")
+    spill_dir: str | None = Field(
+        None,
+        min_length=1,
+        description="folder on a local disk of each shard's node, for the rows that "
+        "memory_per_shard_gb leaves no room for; null keeps all rows in memory",
+    )
+    memory_per_shard_gb: float | None = Field(
+        None,
+        gt=0.0,
+        description="ids, versions and rows that a shard with a spill_dir keeps in memory",
+    )
 
     @field_validator("block_rows")
     @classmethod
@@ -57,6 +68,22 @@ class CacheConfig(Section):
         if rows & (rows - 1):
             raise ValueError(f"block_rows = {rows} must be a power of two")
         return rows
+
+    @model_validator(mode="after")
+    def _spills_beyond_a_limit(self) -> CacheConfig:
+        if (self.spill_dir is None) != (self.memory_per_shard_gb is None):
+            raise ValueError(
+                f"spill_dir = {self.spill_dir} and memory_per_shard_gb = "
+                f"{self.memory_per_shard_gb} need each other: where to, and beyond what"
+            )
+        return self
+
+    @property
+    def spill(self) -> Spill | None:
+        """Where rows go that a shard's memory may not hold."""
+        if self.spill_dir is None or self.memory_per_shard_gb is None:
+            return None
+        return Spill(self.spill_dir, round(self.memory_per_shard_gb * 10**9))
 
     def tables(self, width: int) -> dict[str, TableSpec]:
         """Returns the two tables of a cache of representations of D = width."""

@@ -58,6 +58,9 @@ from felrec_dist.training.world import World
 STEPS_BETWEEN_STOP_CHECKS = {"cpu": 1, "cuda": 10}
 
 
+CHECKPOINT_TAKEN = "checkpoint/taken(unix s)"
+
+
 class Progress(Protocol):
     """Takes what a person watching the run wants to know; only the first rank reports."""
 
@@ -70,6 +73,9 @@ class Progress(Protocol):
     def say(self, line: str) -> None:
         """A line that stays."""
 
+    def measure(self, scalars: Mapping[str, float]) -> None:
+        """Numbers by the names that they have in TensorBoard, and when a checkpoint was taken."""
+
 
 class NoProgress:
     """Nobody is watching."""
@@ -81,6 +87,9 @@ class NoProgress:
         pass
 
     def say(self, line: str) -> None:
+        pass
+
+    def measure(self, scalars: Mapping[str, float]) -> None:
         pass
 
 
@@ -169,6 +178,7 @@ class Trainer:
             config.run.url,
             is_writer=self.world.is_first,
             steps_done=start.position.global_step if start else 0,
+            listen=self.progress.measure,
         ) as log:
             num_epochs = config.training.schedule.epochs
             epochs_done = start.position.first_epoch if start else 0
@@ -452,6 +462,7 @@ class Trainer:
             raise
         if self.world.is_first:
             self.store.keep(self.config.checkpoint.keep, self.best)
+            self.progress.measure({CHECKPOINT_TAKEN: time.time()})
         self.world.barrier()
         return time.perf_counter() - began
 

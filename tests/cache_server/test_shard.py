@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from cache_server.blocks import _empty_block
 from cache_server.errors import CacheError
 from cache_server.hashing import NUM_BUCKETS, shard_of
 from cache_server.messages import (
@@ -21,7 +22,7 @@ from cache_server.messages import (
     TableWrite,
     WriteBatch,
 )
-from cache_server.shard import CacheShard, CacheTable, _empty_block, rows_digest
+from cache_server.shard import CacheShard, CacheTable, rows_digest
 from cache_server.storage import STORAGE_TYPES, StorageType, stored_dtype
 from tests.cache_server.oracle import DictCache, row_hash, splitmix64
 
@@ -388,7 +389,10 @@ def test_a_restore_that_was_not_begun_cannot_end() -> None:
 
 @pytest.mark.parametrize(
     ("what", "wanted"),
-    [("cache_server.shard._empty_block", 16 * (1 + 1) * 8), ("cache_server.index._empty_slots", 0)],
+    [
+        ("cache_server.blocks._empty_block", 16 * (1 + 1) * 8),
+        ("cache_server.index._empty_slots", 0),
+    ],
 )
 @pytest.mark.parametrize("calls_before", [0, 1, 5, 20])
 def test_without_memory_nothing_is_stored(
@@ -451,7 +455,7 @@ def test_a_table_without_memory_leaves_the_others_of_its_message_alone(
             raise MemoryError
         return _empty_block(block_rows, num_words)
 
-    monkeypatch.setattr("cache_server.shard._empty_block", fail_at_the_second_table)
+    monkeypatch.setattr("cache_server.blocks._empty_block", fail_at_the_second_table)
     with pytest.raises(CacheError, match=r"no memory for more rows(?s:.*)table item"):
         shard.write(WriteBatch(0, 0, {"user": write, "item": write}))
     assert calls == 4

@@ -34,6 +34,7 @@ from cache_server.ray_transport import (  # noqa: E402
     create_shard_actors,
     destroy_shard_actors,
 )
+from cache_server.spill import Spill  # noqa: E402
 from cache_server.storage import Rows  # noqa: E402
 from tests.cache_server.test_local_socket import stop  # noqa: E402
 from tests.ray_sessions import ray_session  # noqa: E402
@@ -54,9 +55,14 @@ def session() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module", params=[1, 3])
-def filled(session: None, request: pytest.FixtureRequest) -> Iterator[ShardHandles]:
-    """Shards that hold ``rows_of(KEYS)``, received through step 0."""
-    handles = create_shard_actors(TABLES, request.param, fetch_threads=8)
+def filled(
+    session: None, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ShardHandles]:
+    """Shards that hold ``rows_of(KEYS)``, received through step 0. Of three, on disk."""
+    spill = Spill(str(tmp_path_factory.mktemp("spill")), 1) if request.param == 3 else None
+    handles = create_shard_actors(
+        TABLES, request.param, fetch_threads=8, block_rows=256, spill=spill
+    )
     fill(handles)
     yield handles
     destroy_shard_actors(handles)
@@ -87,6 +93,12 @@ def fetch_from_shard(transport: RayTransport) -> FetchedRows:
     fetched = CacheClient(transport, 20.0).fetch(1, {"item": KEYS[:1000]})["item"]
     assert np.array_equal(fetched.rows, rows_of(KEYS[:1000], "item"))
     return fetched
+
+
+def test_three_shards_spill(filled: ShardHandles) -> None:
+    with CacheClient(RayTransport(filled), 20.0) as client:
+        spilled = [shard.tables["user"].spilled_bytes > 0 for shard in client.stats()]
+    assert spilled == [len(spilled) == 3] * len(spilled)
 
 
 def test_shards_on_the_same_node_share_unless_told_otherwise(filled: ShardHandles) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import re
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 ray = pytest.importorskip("ray")
@@ -16,11 +18,13 @@ ray = pytest.importorskip("ray")
 from rich.console import Console  # noqa: E402
 
 from cache_server import CacheClient  # noqa: E402
+from cache_server import ray_metrics as shard_metrics  # noqa: E402
 from cache_server.ray_transport import RayTransport, ShardHandles, is_alive  # noqa: E402
 from felrec_dist.config import ExperimentConfig, absolute_url, with_absolute_paths  # noqa: E402
 from felrec_dist.errors import ConfigError, ShardLostError  # noqa: E402
-from launch import on_ray  # noqa: E402
+from launch import on_ray, ray_metrics  # noqa: E402
 from launch.progress import TerminalProgress  # noqa: E402
+from launch.ray_metrics import TrainingMetrics  # noqa: E402
 from tests import tiny  # noqa: E402
 from tests.launch.caches import CHANGED, fill, save  # noqa: E402
 from tests.launch.commands import Felrec, assert_failed  # noqa: E402
@@ -31,7 +35,8 @@ pytestmark = pytest.mark.ray
 
 @pytest.fixture(scope="module")
 def session() -> Iterator[None]:
-    with ray_session():
+    # Metrics by default go out every 10 s.
+    with ray_session(_system_config={"metrics_report_interval_ms": 500}):
         yield
 
 
@@ -159,3 +164,55 @@ def wait_until_ended(run_url: str) -> None:
     while is_alive(on_ray.cache_name(run_url), on_ray.NAMESPACE):
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def test_shards_workers_and_driver_tell_prometheus(
+    session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny.experiment("none", str(tmp_path / "run"))
+    attempts = 0
+    seen: dict[str, dict[str, float]] = {}
+
+    def look(shards: ShardHandles) -> None:
+        nonlocal attempts
+        attempts += 1
+        if attempts == 1:
+            raise ShardLostError("gone")
+        # As the first worker does it.
+        training = TrainingMetrics(config.run.url)
+        training.measure({tag.replace("*", "wait"): 12.5 for tag in ray_metrics.GAUGES})
+        training.measure({"loss/user": 99.0})
+        with CacheClient(RayTransport(shards)) as client:
+            fill(client)
+            client.fetch(1, {"user": np.arange(1000), "item": np.arange(10)})
+            num_rows = [shard.tables["user"].num_rows for shard in client.stats()]
+        names = {f"ray_{name}" for name in (*ray_metrics.EXPORTED, *shard_metrics.EXPORTED)}
+        deadline = time.monotonic() + 30.0
+        # Each process reports when it wants to.
+        while (
+            names - seen.keys()
+            or sorted(seen["ray_felrec_cache_rows"].values())[-2:] != sorted(num_rows)
+            or sum(seen["ray_felrec_cache_fetched_rows_total"].values()) != 1010
+        ):
+            assert time.monotonic() < deadline, (names - seen.keys(), seen)
+            time.sleep(0.2)
+            seen.update(scraped(config.run.url))
+
+    run_with(config, monkeypatch, look)
+    assert set(seen["ray_felrec_train_loss"].values()) == {12.5}
+    assert [*seen["ray_felrec_train_time_share_percent"]] == ["wait"]
+    assert sum(seen["ray_felrec_run_recoveries_total"].values()) == 1
+
+
+def scraped(run: str) -> dict[str, dict[str, float]]:
+    """What Prometheus would read of a run: values by name and by what tells them apart."""
+    [node] = ray.nodes()
+    address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    found: dict[str, dict[str, float]] = {}
+    with urllib.request.urlopen(address, timeout=10) as page:
+        for line in page.read().decode().splitlines():
+            match = re.fullmatch(r"(ray_felrec_\w+)\{(.*)\} (\S+)", line)
+            if match and f'run="{run}"' in match[2]:
+                labels = re.findall(r'\b(?:phase|shard|table)="([^"]*)"', match[2])
+                found.setdefault(match[1], {})[" ".join(labels)] = float(match[3])
+    return found

@@ -14,7 +14,7 @@ from felrec_dist.data.dataset import PreparedDataset
 from felrec_dist.evaluation.result import Metrics
 from felrec_dist.training.clock import LOADER_PHASES, STEP_PHASES, PhaseClock, TrainingTimes
 from felrec_dist.training.metrics import RunLog
-from felrec_dist.training.trainer import NoProgress
+from felrec_dist.training.trainer import CHECKPOINT_TAKEN, NoProgress
 from tests import tiny
 
 STEPS = 15
@@ -45,9 +45,9 @@ STEP_TAGS = {
 CHANCE_TAGS = {"loss/user_below_chance(nats)", "loss/item_below_chance(nats)"}
 EPOCH_TAGS = {"checkpoint/save(s)"}
 CACHE_TAGS = EPOCH_TAGS | {
-    f"cache/{table}/size({unit})/shard_{shard}"
+    f"cache/{table}/{name}/shard_{shard}"
     for table in ("user", "item")
-    for unit in ("rows", "bytes")
+    for name in ("size(rows)", "size(bytes)", "spilled(bytes)")
     for shard in range(2)
 }
 
@@ -67,12 +67,23 @@ def evaluation_tags(part: str, partitions: tuple[str, ...] = PARTITIONS) -> set[
     return {f"{part}/{kind}/{partition}" for kind in kinds for partition in partitions}
 
 
+class Told(NoProgress):
+    """Remembers what whoever watches was told the names of."""
+
+    def __init__(self) -> None:
+        self.tags: set[str] = set()
+
+    def measure(self, scalars: Mapping[str, float]) -> None:
+        self.tags |= scalars.keys()
+
+
 @pytest.mark.parametrize("variant", ["felrec-q", "felrec-p"])
 def test_a_run_logs_every_figure(dataset: PreparedDataset, tmp_path: Path, variant: str) -> None:
     base = tiny.experiment(dataset.url, "run").model_dump()["model"]
     changes = {"model": {**base, "variant": variant}}
     config = tiny.experiment(dataset.url, str(tmp_path / "run"), changes)
-    trainer = tiny.build_trainer(config, dataset)
+    told = Told()
+    trainer = tiny.build_trainer(config, dataset, told)
     result = trainer.fit()
     scalars = read(tmp_path / "run" / "tensorboard")
 
@@ -95,6 +106,7 @@ def test_a_run_logs_every_figure(dataset: PreparedDataset, tmp_path: Path, varia
     found = scalars["test_by_occurrence/rank(0..1)/user 3-5"]
     assert found == pytest.approx({45: groups["user"][2].normalized_rank}, rel=1e-5)
     assert list(scalars["validation_by_occurrence/HR@10(%)/item 1"]) == [15, 30, 45]
+    assert told.tags == scalars.keys() | {CHECKPOINT_TAKEN}
 
     for tag in STEP_TAGS:
         assert list(scalars[tag]) == [5, 10, 15, 20, 25, 30, 35, 40, 45]
