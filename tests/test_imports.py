@@ -26,7 +26,10 @@ NEED_DUCKDB = {
     f"felrec_dist.data.{name}"
     for name in ("arrange", "prepare", "sources", "stages", "target", "writer")
 }
-NEED_REPORT = {f"felrec_dist.reporting.{name}" for name in ("page", "plots", "sections")}
+NEED_REPORT = {
+    "felrec_dist.studies.plots",
+    *(f"felrec_dist.reporting.{name}" for name in ("page", "plots", "sections")),
+}
 
 BLOCK = """
 import sys
