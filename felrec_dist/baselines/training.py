@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -21,7 +22,7 @@ from felrec_dist.baselines.tables import ShardedTables
 from felrec_dist.config import ExperimentConfig
 from felrec_dist.data.dataset import PreparedDataset, Span
 from felrec_dist.data.stream import EventBatch, EventStream, slice_bounds
-from felrec_dist.errors import TrainingError
+from felrec_dist.errors import ConfigError, TrainingError
 from felrec_dist.evaluation.candidate_set import CandidateSets
 from felrec_dist.evaluation.candidates import Ballot, CandidateMatrix, count_ranks
 from felrec_dist.evaluation.counts import RankCounts
@@ -247,6 +248,34 @@ class BaselineTraining(ABC, Generic[Batch]):
 
     def replay(self, span: Span, step: int, on_batch: Callable[[int], None]) -> int:
         raise AssertionError("the config refuses a test from an empty cache")
+
+    def candidates_now(self, step: int, num_seen: int) -> CandidateMatrix:
+        with torch.no_grad():
+            return self._candidates()
+
+    def represent_now(self, last: EventBatch, step: int) -> tuple[Tensor, npt.NDArray[np.bool_]]:
+        variant = self.config.model.variant
+        if type(self).represent_users is BaselineTraining.represent_users:
+            raise ConfigError(
+                "this model cannot recommend between the events of its users",
+                where="model.variant",
+                got=variant,
+                expected="felrec-q, felrec-p, bpr-mf, sasrec or gru4rec-bptt",
+                remedy="take a run of one of these; felrec evaluate ranks at the events of a test",
+            )
+        after = replace(last, user_offset=last.user_offset + 1, user_length=last.user_length + 1)
+        self.model.eval()
+        with torch.no_grad():
+            return self.represent_users(after), self.serves_users(after)
+
+    def users_now(self, step: int, position: int) -> tuple[Tensor, npt.NDArray[np.int64]]:
+        raise ConfigError(
+            "this model compares no users",
+            where="model.variant",
+            got=self.config.model.variant,
+            expected="felrec-q or felrec-p, whose users have representations in the cache",
+            remedy="leave out --nearest-users, or take a run of FELRec",
+        )
 
     def _bounds(self, batch: EventBatch) -> tuple[int, int]:
         return slice_bounds(len(batch), self.world.rank, self.world.world_size)

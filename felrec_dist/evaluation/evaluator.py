@@ -154,18 +154,12 @@ class Evaluator:
         protocols: tuple[Protocol, ...],
         on_batch: Callable[[int], None],
     ) -> tuple[dict[Protocol, PartResult], int]:
-        items = self.dataset.items
-        num_seen_at_end = int(np.searchsorted(items.first_positions, span.stop))
+        num_seen_at_end = int(np.searchsorted(self.dataset.items.first_positions, span.stop))
         sets = CandidateSets(self.config, self.dataset, span)
-        candidates = CandidateMatrix(
-            self.world,
-            num_seen_at_end,
-            self._item_width(),
-            self.representations.dtype,
-            self._item_vectors,
-        )
-        candidates.load(self.model, self.representations, step, items.ids[: sets.num_seen])
-        sampled = self._sample_users(span, step)
+        candidates = self.candidates(step, sets.num_seen, num_seen_at_end)
+        sampled = None
+        if self.config.nearest_users is not None:
+            sampled = self.sample_users(span, step, self.config.sampled_users)
         counts: dict[Protocol, list[RankCounts]] = {protocol: [] for protocol in protocols}
         batches: list[EventBatch] = []
 
@@ -233,10 +227,41 @@ class Evaluator:
             self.model.train(was_training)
         return step
 
+    def candidates(self, step: int, num_items: int, num_items_at_end: int) -> CandidateMatrix:
+        """Returns the first items of the catalogue as they are when ``step`` begins.
+
+        Args:
+            step: the cache's next one.
+            num_items: so many are loaded.
+            num_items_at_end: for so many there is room.
+        """
+        candidates = CandidateMatrix(
+            self.world,
+            num_items_at_end,
+            self._item_width(),
+            self.representations.dtype,
+            self._item_vectors,
+        )
+        candidates.load(self.model, self.representations, step, self.dataset.items.ids[:num_items])
+        return candidates
+
+    def sample_users(self, span: Span, step: int, num_users: int) -> SampledUsers:
+        """Returns so many of the users that the cache holds when the span begins, at ``step``."""
+        return SampledUsers(
+            self.dataset,
+            span,
+            step,
+            self.representations,
+            vectors_of=self.user_vectors,
+            num_users=num_users,
+            seed=self.config.seed,
+        )
+
     def _item_vectors(self, item_MD: Tensor) -> Tensor:
         return self.model.compared_items(item_MD) if self.config.use_heads else unit(item_MD)
 
-    def _user_vectors(self, user_MD: Tensor) -> Tensor:
+    def user_vectors(self, user_MD: Tensor) -> Tensor:
+        """Returns what items are multiplied with (M, C), of users' representations."""
         return self.model.compared_users(user_MD) if self.config.use_heads else unit(user_MD)
 
     def _item_width(self) -> int:
@@ -245,22 +270,9 @@ class Evaluator:
         one_1D = torch.zeros(1, width, dtype=self.representations.dtype, device=self.world.device)
         return self._item_vectors(one_1D).shape[1]
 
-    def _sample_users(self, span: Span, step: int) -> SampledUsers | None:
-        if self.config.nearest_users is None:
-            return None
-        return SampledUsers(
-            self.dataset,
-            span,
-            step,
-            self.representations,
-            vectors_of=self._user_vectors,
-            num_users=self.config.sampled_users,
-            seed=self.config.seed,
-        )
-
     def _compared_users(self, user_BD: Tensor, sampled: SampledUsers | None) -> Tensor:
         """Returns the vectors (B, C) that items are scored with."""
-        users_BC = self._user_vectors(user_BD)
+        users_BC = self.user_vectors(user_BD)
         if sampled is None or self.config.nearest_users is None:
             return users_BC
         with self.clock("score"):
