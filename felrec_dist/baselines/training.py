@@ -26,7 +26,7 @@ from felrec_dist.errors import ConfigError, TrainingError
 from felrec_dist.evaluation.candidate_set import CandidateSets
 from felrec_dist.evaluation.candidates import Ballot, CandidateMatrix, count_ranks
 from felrec_dist.evaluation.counts import RankCounts
-from felrec_dist.evaluation.evaluator import Protocol
+from felrec_dist.evaluation.evaluator import Protocol, new_exposure
 from felrec_dist.evaluation.result import PartResult
 from felrec_dist.training.checkpoint import Checkpoint, TablePart
 from felrec_dist.training.clock import LOADER_PHASES, PhaseClock
@@ -210,6 +210,7 @@ class BaselineTraining(ABC, Generic[Batch]):
             step = self.begin_span(span, step)
             candidates = self._candidates()
             sets = CandidateSets(evaluation, self.dataset, span)
+            exposure = new_exposure(evaluation, self.dataset, span)
             for batch, _ in EventStream(self.dataset, span, self.config.data.batch_size).batches():
                 user_BD = self.represent_batch(batch, step + len(batches))
                 served_B = self.serves_users(batch) & (batch.item_index < num_items)
@@ -231,6 +232,8 @@ class BaselineTraining(ABC, Generic[Batch]):
                                 absent_is_zero=False,
                                 available=drawn.available,
                             ),
+                            exposure,
+                            served_B,
                         )
                     )
                 sets.add(batch)
@@ -243,6 +246,7 @@ class BaselineTraining(ABC, Generic[Batch]):
             counts=RankCounts.concatenate(counts),
             k=evaluation.k,
             is_served=np.concatenate(is_served),
+            exposure=exposure,
         )
         return result, step + len(batches)
 

@@ -39,6 +39,7 @@ from felrec_dist.evaluation.candidate_set import (
 from felrec_dist.evaluation.candidates import Ballot, CandidateMatrix, count_ranks, unit
 from felrec_dist.evaluation.counts import RankCounts
 from felrec_dist.evaluation.nearest_users import SampledUsers
+from felrec_dist.evaluation.popularity import Exposure
 from felrec_dist.evaluation.result import PartResult, joined
 from felrec_dist.model.felrec import FELRec
 from felrec_dist.section import Section
@@ -77,6 +78,10 @@ class EvaluationConfig(Section):
         gt=0.0,
         le=100_000.0,
         description="days; leave out candidates whose last interaction is older, null for none",
+    )
+
+    top_k_lists: bool = Field(
+        True, description="of a test: look at the popularity of the first k of each event"
     )
 
     @property
@@ -161,6 +166,7 @@ class Evaluator:
         if self.config.nearest_users is not None:
             sampled = self.sample_users(span, step, self.config.sampled_users)
         counts: dict[Protocol, list[RankCounts]] = {protocol: [] for protocol in protocols}
+        exposures = {p: new_exposure(self.config, self.dataset, span) for p in protocols}
         batches: list[EventBatch] = []
 
         stream = EventStream(self.dataset, span, self.batch_size)
@@ -171,7 +177,9 @@ class Evaluator:
                 if "causal" in counts:
                     users_BD = self._compared_users(user_BD, sampled)
                     ballot = self._ballot(batch, users_BD, sets.draw(batch), absent_is_zero=False)
-                    counts["causal"].append(self._count(ballot, candidates))
+                    counts["causal"].append(
+                        self._count(ballot, candidates, batch, exposures["causal"])
+                    )
 
                 with self.clock("write_back"):
                     user_BD, item_BD = self.representations.write_back(
@@ -186,7 +194,9 @@ class Evaluator:
                     users_BD = self._compared_users(user_BD[_last_of_same(batch.user)], sampled)
                     drawn = sets.draw(batch, with_replacement=True)
                     ballot = self._ballot(batch, users_BD, drawn, absent_is_zero=True)
-                    counts["released"].append(self._count(ballot, candidates))
+                    counts["released"].append(
+                        self._count(ballot, candidates, batch, exposures["released"])
+                    )
                 batches.append(batch)
                 step = loaded.step + 1
                 on_batch(len(batch))
@@ -199,6 +209,7 @@ class Evaluator:
                 counts=RankCounts.concatenate(parts),
                 k=self.config.k,
                 is_served=is_served(self.config.candidates, self.dataset, item_index),
+                exposure=exposures[protocol],
             )
             for protocol, parts in counts.items()
         }
@@ -314,9 +325,22 @@ class Evaluator:
             available=drawn.available,
         )
 
-    def _count(self, ballot: Ballot, candidates: CandidateMatrix) -> RankCounts:
+    def _count(
+        self,
+        ballot: Ballot,
+        candidates: CandidateMatrix,
+        batch: EventBatch,
+        exposure: Exposure | None,
+    ) -> RankCounts:
+        is_served_B = is_served(self.config.candidates, self.dataset, batch.item_index)
         with self.clock("score"):
-            return count_ranks(self.exchange, candidates, ballot)
+            return count_ranks(self.exchange, candidates, ballot, exposure, is_served_B)
+
+
+def new_exposure(config: EvaluationConfig, dataset: PreparedDataset, span: Span) -> Exposure | None:
+    """Returns what takes the lists of a span, None where nobody asks for them."""
+    is_wanted = config.top_k_lists and span == dataset.split.test
+    return Exposure.of_none(dataset, config.k) if is_wanted else None
 
 
 def _last_of_same(ids_B: np.typing.NDArray[np.int64]) -> Tensor:

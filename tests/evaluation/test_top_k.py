@@ -59,6 +59,17 @@ def test_lists_of_ranks_merge_to_those_of_one(world_size: int) -> None:
     assert merged.index_Bk().tolist() == by_sorting(scores_BC, everything, 6)
 
 
+def test_blocks_may_come_in_any_order() -> None:
+    """A tie of an earlier candidate that comes later is still the first."""
+    scores_BC = scores_with_ties(5, 23, torch.float64)
+    top = TopK(5, 4, CPU)
+    for start in range(20, -1, -4):
+        rows = slice(start, min(23, start + 4))
+        top.add(scores_BC[:, rows], torch.arange(23)[rows])
+    everything = torch.ones_like(scores_BC, dtype=torch.bool)
+    assert top.index_Bk().tolist() == by_sorting(scores_BC, everything, 4)
+
+
 def test_large_products_and_high_indices() -> None:
     top = TopK(1, 3, CPU)
     index_C = torch.tensor([2**32 - 1, 0, 7, 2**31])
