@@ -24,6 +24,7 @@ from felrec_dist.errors import ConfigError, FelrecError
 from launch.benchmark_cli import benchmark
 from launch.cache_cli import cache_app
 from launch.compare_cli import compare
+from launch.recommend_cli import recommend
 from launch.report_cli import report
 from launch.scale_cli import scale
 from launch.stopping import stoppable
@@ -45,6 +46,7 @@ app.command()(benchmark)
 app.command()(compare)
 app.command()(scale)
 app.command()(report)
+app.command()(recommend)
 app.command()(submit)
 app.command()(suite)
 
