@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -42,7 +43,7 @@ EXPERIMENT = {
     "training": {"schedule": {"epochs": 1, "warmup_epochs": 0}},
     "evaluation": {"num_negatives": 5},
 }
-STUDY = {
+STUDY: dict[str, Any] = {
     "synthetic": {"num_events": NUM_EVENTS, "validation_events": 32, "test_events": 32,
                   "events_per_user": 10, "events_per_item": 10},
     "warmup_steps": 4,
@@ -132,6 +133,12 @@ def test_figures_are_those_of_the_run(path: Path, ended: Ended) -> None:
         assert figures["row_bytes"] == 4 * 8
         assert 0 < figures["hit_rate"] < 1
         assert 0 < figures["events_per_s"] < 1e6
+        log = EventAccumulator(str(run / "tensorboard"))
+        log.Reload()
+        readings = log.Scalars("speed/train(events per s)")
+        late = [reading.value for reading in readings if reading.step > STUDY["warmup_steps"]]
+        assert len(late) == len(readings) - 2
+        assert figures["events_per_s"] == pytest.approx(statistics.median(late))
         step_s = batch / figures["events_per_s"]
         assert sum(figures["phase_s"].values()) == pytest.approx(step_s, rel=0.5)
 
