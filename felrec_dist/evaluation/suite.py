@@ -56,8 +56,9 @@ class SuiteTest(Section):
     """Another test of what a run trained."""
 
     of: str = Field(description="the name of a run")
-    overrides: dict[str, Any] = Field(default_factory=dict)
-    options: tuple[str, ...] = Field((), strict=False, description="of felrec evaluate")
+    overrides: dict[str, Any] = Field(
+        default_factory=dict, description="as evaluation.cache: reset; over those of the run"
+    )
 
 
 class SuiteTable(Section):
@@ -91,8 +92,6 @@ class SuiteConfig(Section):
             if not name or name.startswith(".") or "/" in name or name == LOGS:
                 raise ValueError(f"{name!r} names a folder: not {LOGS}, no slash, no dot in front")
         for name, test in self.tests.items():
-            if any(option.startswith("--protocol") for option in test.options):
-                raise ValueError(f"tests.{name}.options: the protocol is evaluation.protocol")
             if test.of not in self.runs:
                 raise ValueError(f"tests.{name}.of: there is no run {test.of}")
         for table in self.tables:
@@ -114,7 +113,6 @@ class Job:
         of: the run that a test is of.
         config_url: the config file.
         overrides: what is laid over it, as ``key=value``.
-        options: of ``felrec evaluate``.
         experiment: the config that comes of it.
     """
 
@@ -122,7 +120,6 @@ class Job:
     of: Job | None
     config_url: str
     overrides: tuple[str, ...]
-    options: tuple[str, ...]
     experiment: ExperimentConfig
 
     @property
@@ -136,7 +133,8 @@ class Job:
         Raises:
             InputError, StorageError: there is none, or it cannot be read.
         """
-        return read_report(self.url, self.experiment.evaluation.protocol)
+        evaluation = self.experiment.evaluation
+        return read_report(self.url, evaluation.protocol, evaluation.variant)
 
     @property
     def digest(self) -> str:
@@ -144,7 +142,6 @@ class Job:
         return json_sha256(
             {
                 "config": self.experiment.model_dump(mode="json", exclude={"run"}),
-                "options": list(self.options),
                 "of": self.of and self.of.digest,
             }
         )
@@ -157,7 +154,7 @@ class Job:
         # By its name: the suite's folder may have been moved since.
         name = self.of.report.checkpoint_url.rstrip("/").rpartition("/")[2]
         checkpoint = ["--checkpoint", f"{self.of.url}/checkpoints/{name}"]
-        return ["evaluate", self.config_url, *self.overrides, *checkpoint, *self.options, *where]
+        return ["evaluate", self.config_url, *self.overrides, *checkpoint, *where]
 
     def is_done(self) -> bool:
         """Whether its note is there and says what it is today.
@@ -262,7 +259,7 @@ def load_suite(url: str, overrides: Sequence[str] = ()) -> Suite:
     out = absolute_url(config.out).rstrip("/")
     jobs: dict[str, Job] = {}
 
-    def add(name: str, run: SuiteRun, own: Mapping[str, Any], of: Job | None, options: Any) -> None:
+    def add(name: str, run: SuiteRun, own: Mapping[str, Any], of: Job | None) -> None:
         file = run.config
         config_url = file if "://" in file or not folder else f"{folder}/{file}"
         laid_over = {**config.overrides, **own}
@@ -276,14 +273,14 @@ def load_suite(url: str, overrides: Sequence[str] = ()) -> Suite:
             )
         texts = (*texts, f"run.url={out}/{name}")
         experiment = load_config(config_url, texts)
-        jobs[name] = Job(name, of, config_url, texts, tuple(options), experiment)
+        jobs[name] = Job(name, of, config_url, texts, experiment)
 
     for name, run in config.runs.items():
-        add(name, run, run.overrides, None, ())
+        add(name, run, run.overrides, None)
         for test_name, test in config.tests.items():
             if test.of == name:
                 own = {**run.overrides, **test.overrides}
-                add(test_name, run, own, jobs[name], test.options)
+                add(test_name, run, own, jobs[name])
     return Suite(config, jobs)
 
 

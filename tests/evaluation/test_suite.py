@@ -85,7 +85,7 @@ def test_a_job_is_done_until_what_it_follows_from_changes(tmp_path: Path, suite:
     with pytest.raises(ConfigError, match=r"has changed since(?s:.*)remove this folder"):
         changed.jobs["a"].is_done()
     value = tree(tmp_path)
-    value["tests"]["a_training"]["options"] = ["--some-switch"]
+    value["tests"]["a_training"]["overrides"]["evaluation.cache"] = "reset"
     changed = load_suite(write(tmp_path, value))
     assert [name for name, job in changed.jobs.items() if not job.is_done()] == ["a_training"]
 
@@ -160,7 +160,6 @@ def test_a_test_costs_what_its_run_did(tmp_path: Path) -> None:
         ("runs.a/b", {"config": "tiny.yaml"}, "no slash"),
         ("runs.logs", {"config": "tiny.yaml"}, "not logs"),
         ("runs.a_training", {"config": "tiny.yaml"}, "of a run and of a test"),
-        ("tests.a_training.options", ["--protocol", "released"], "the protocol is"),
         ("tests.c", {"of": "a_training"}, "there is no run a_training"),
         ("tables", [{"title": "T", "rows": {"A": "c"}}], "there is no run or test c"),
         ("tables", [{"title": "T", "rows": {"A": "a"}, "metrics": ["auc"]}], "auc is not one"),
