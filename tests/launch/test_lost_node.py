@@ -1,4 +1,6 @@
-"""A node of the cluster is lost while a run trains on it, and another one joins."""
+"""A node of the cluster is lost while a run trains on it, and another one joins: two workers and
+three shards over three nodes.
+"""
 
 from __future__ import annotations
 
@@ -30,14 +32,15 @@ pytestmark = [
 ]
 
 
-# One worker and one shard, and no second of either.
+NODES = SHARDS = 3
+# One worker and one shard, and no second of either: without a third node there is no place for all.
 WORKER_CPUS, SHARD_CPUS = 2, 1
 NODE = {"num_cpus": WORKER_CPUS + SHARD_CPUS, "object_store_memory": OBJECT_STORE_BYTES}
 
 
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A head for the driver, and two nodes for a worker and a shard each.
+    """A head for the driver, and three nodes for a shard each, and a worker at most.
 
     Nodes are processes of this machine.
     """
@@ -46,7 +49,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         initialize_head=True, head_node_args={**NODE, "num_cpus": 0, "include_dashboard": False}
     )
     try:
-        for _ in range(2):
+        for _ in range(NODES):
             cluster.add_node(**NODE)
         ray.init(address=cluster.address, configure_logging=False, log_to_driver=False)
         yield cluster
@@ -69,23 +72,29 @@ def test_a_lost_node_is_replaced(cluster: Any, tmp_path: Path) -> None:
     with ThreadPoolExecutor(max_workers=1) as executor:
         training = executor.submit(train, config, said, TIMEOUT_S)
         wait_until(lambda: store.latest() is not None or training.done())
-        node = next(iter(cluster.worker_nodes))
-        raylet = node.all_processes["raylet"][0].process.pid
-        on_it = [kind for kind, actor in KINDS.items() if actors(actor, raylet)]
+        on_nodes = {node: kinds_on(node) for node in cluster.worker_nodes}
+        node = next(node for node, kinds in on_nodes.items() if "worker" in kinds)
         cluster.remove_node(node, allow_graceful=False)
         wait_until(lambda: said.num_lost > 0 or training.done())
         cluster.add_node(**NODE)
         training.result()
 
-    assert on_it == ["worker", "shard"]
+    assert sorted(on_nodes.values()) == [["shard"], ["worker", "shard"], ["worker", "shard"]]
     assert said.num_lost >= 1
     assert differences(undisturbed.run.url, config.run.url) == []
+
+
+def kinds_on(node: Any) -> list[str]:
+    """What runs on a node, one after the other."""
+    raylet = node.all_processes["raylet"][0].process.pid
+    return [kind for kind, actor in KINDS.items() for _ in actors(actor, raylet)]
 
 
 def on_whole_nodes(config: ExperimentConfig) -> ExperimentConfig:
     cpus = {"cpus_per_worker": float(WORKER_CPUS), "cpus_per_shard": float(SHARD_CPUS)}
     cluster = config.cluster.model_copy(update=cpus)
-    return config.model_copy(update={"cluster": cluster})
+    cache = config.cache.model_copy(update={"num_shards": SHARDS})
+    return config.model_copy(update={"cluster": cluster, "cache": cache})
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
