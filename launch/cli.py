@@ -24,6 +24,7 @@ from felrec_dist.errors import ConfigError, FelrecError, RunStoppedError
 from launch.benchmark_cli import benchmark
 from launch.cache_cli import cache_app
 from launch.compare_cli import compare
+from launch.recommend_cli import recommend
 from launch.report_cli import report
 from launch.stopping import StopRequest, stop_requests
 from launch.submit_cli import submit
@@ -42,6 +43,7 @@ app = typer.Typer(
 app.add_typer(cache_app, name="cache")
 app.command()(benchmark)
 app.command()(compare)
+app.command()(recommend)
 app.command()(report)
 app.command()(submit)
 app.command()(suite)

@@ -39,7 +39,8 @@ from felrec_dist.evaluation.candidates import (
     count_ranks,
 )
 from felrec_dist.evaluation.counts import RankCounts
-from felrec_dist.evaluation.evaluator import Protocol
+from felrec_dist.evaluation.evaluator import Protocol, new_exposure
+from felrec_dist.evaluation.popularity import Exposure
 from felrec_dist.evaluation.result import PartResult, joined
 from felrec_dist.training.checkpoint import Checkpoint, TablePart
 from felrec_dist.training.loader import BatchLoader, LoadedBatch
@@ -256,6 +257,7 @@ class JODIETraining(BaselineTraining[LoadedBatch]):
     ) -> tuple[PartResult, int]:
         evaluation = self.config.evaluation
         sets = CandidateSets(evaluation, self.dataset, span)
+        exposure = new_exposure(evaluation, self.dataset, span)
         num_seen_at_end = np.searchsorted(self.dataset.items.first_positions, span.stop)
         candidates = JODIECandidates(self, int(num_seen_at_end))
         candidates.fetch(step, sets.num_seen)
@@ -273,7 +275,9 @@ class JODIETraining(BaselineTraining[LoadedBatch]):
                     )
                 self._check_finite(prediction_B2D, batch)
                 with self.clock("score"):
-                    counts.append(candidates.count(batch, prediction_B2D, sets.draw(batch)))
+                    counts.append(
+                        candidates.count(batch, prediction_B2D, sets.draw(batch), exposure)
+                    )
                 self.descend(self._means(output, loaded).sum(), self._last_learning_rate)
                 candidates.update(batch.item_index, self._write_back(loaded, output))
                 sets.add(batch)
@@ -286,6 +290,7 @@ class JODIETraining(BaselineTraining[LoadedBatch]):
             counts=RankCounts.concatenate(counts),
             k=evaluation.k,
             is_served=is_served(evaluation.candidates, self.dataset, joined(batches, "item_index")),
+            exposure=exposure,
         )
         return result, step
 
@@ -411,7 +416,13 @@ class JODIECandidates:
         rows = torch.from_numpy(items_B[mine] // self.world.world_size)
         self._keep(rows, rows_BR[torch.from_numpy(mine).to(rows_BR.device)])
 
-    def count(self, batch: EventBatch, prediction_B2D: Tensor, drawn: CandidateSet) -> RankCounts:
+    def count(
+        self,
+        batch: EventBatch,
+        prediction_B2D: Tensor,
+        drawn: CandidateSet,
+        exposure: Exposure | None,
+    ) -> RankCounts:
         """Counts the candidates before each target; equal on all ranks."""
         device = self.world.device
         with torch.no_grad():
@@ -427,7 +438,10 @@ class JODIECandidates:
                 absent_is_zero=False,
                 available=drawn.available,
             )
-            return count_ranks(self.training.exchange, self.matrix, ballot)
+            is_served_B = is_served(
+                self.training.config.evaluation.candidates, self.training.dataset, batch.item_index
+            )
+            return count_ranks(self.training.exchange, self.matrix, ballot, exposure, is_served_B)
 
     def _keep(self, rows_M: Tensor, rows_MR: Tensor) -> None:
         kept = KeptRows.of(rows_MR, self.dynamic_CD.shape[1])

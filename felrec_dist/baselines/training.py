@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -21,11 +22,11 @@ from felrec_dist.baselines.tables import ShardedTables
 from felrec_dist.config import ExperimentConfig
 from felrec_dist.data.dataset import PreparedDataset, Span
 from felrec_dist.data.stream import EventBatch, EventStream, slice_bounds
-from felrec_dist.errors import TrainingError
+from felrec_dist.errors import ConfigError, TrainingError
 from felrec_dist.evaluation.candidate_set import CandidateSets
 from felrec_dist.evaluation.candidates import Ballot, CandidateMatrix, count_ranks
 from felrec_dist.evaluation.counts import RankCounts
-from felrec_dist.evaluation.evaluator import Protocol
+from felrec_dist.evaluation.evaluator import Protocol, new_exposure
 from felrec_dist.evaluation.result import PartResult
 from felrec_dist.training.checkpoint import Checkpoint, TablePart
 from felrec_dist.training.clock import LOADER_PHASES, PhaseClock
@@ -209,6 +210,7 @@ class BaselineTraining(ABC, Generic[Batch]):
             step = self.begin_span(span, step)
             candidates = self._candidates()
             sets = CandidateSets(evaluation, self.dataset, span)
+            exposure = new_exposure(evaluation, self.dataset, span)
             for batch, _ in EventStream(self.dataset, span, self.config.data.batch_size).batches():
                 user_BD = self.represent_batch(batch, step + len(batches))
                 served_B = self.serves_users(batch) & (batch.item_index < num_items)
@@ -230,6 +232,8 @@ class BaselineTraining(ABC, Generic[Batch]):
                                 absent_is_zero=False,
                                 available=drawn.available,
                             ),
+                            exposure,
+                            served_B,
                         )
                     )
                 sets.add(batch)
@@ -242,11 +246,40 @@ class BaselineTraining(ABC, Generic[Batch]):
             counts=RankCounts.concatenate(counts),
             k=evaluation.k,
             is_served=np.concatenate(is_served),
+            exposure=exposure,
         )
         return result, step + len(batches)
 
     def replay(self, span: Span, step: int, on_batch: Callable[[int], None]) -> int:
         raise AssertionError("the config refuses a test from an empty cache")
+
+    def candidates_now(self, step: int, num_seen: int) -> CandidateMatrix:
+        with torch.no_grad():
+            return self._candidates()
+
+    def represent_now(self, last: EventBatch, step: int) -> tuple[Tensor, npt.NDArray[np.bool_]]:
+        variant = self.config.model.variant
+        if type(self).represent_users is BaselineTraining.represent_users:
+            raise ConfigError(
+                "this model cannot recommend between the events of its users",
+                where="model.variant",
+                got=variant,
+                expected="felrec-q, felrec-p, bpr-mf, sasrec or gru4rec-bptt",
+                remedy="take a run of one of these; felrec evaluate ranks at the events of a test",
+            )
+        after = replace(last, user_offset=last.user_offset + 1, user_length=last.user_length + 1)
+        self.model.eval()
+        with torch.no_grad():
+            return self.represent_users(after), self.serves_users(after)
+
+    def users_now(self, step: int, position: int) -> tuple[Tensor, npt.NDArray[np.int64]]:
+        raise ConfigError(
+            "this model compares no users",
+            where="model.variant",
+            got=self.config.model.variant,
+            expected="felrec-q or felrec-p, whose users have representations in the cache",
+            remedy="leave out --nearest-users, or take a run of FELRec",
+        )
 
     def _bounds(self, batch: EventBatch) -> tuple[int, int]:
         return slice_bounds(len(batch), self.world.rank, self.world.world_size)

@@ -73,18 +73,27 @@ class HistoryReader:
             self._read_side(self._users_of_items, batch.item_offset, batch.item_length),
         )
 
+    def items_after(self, batch: EventBatch) -> Histories:
+        """The items of each event's user after it: the history of an event that came next."""
+        return self._read_side(
+            self._items_of_users, batch.user_offset, batch.user_length, num_later=1
+        )
+
     def _read_side(
-        self, segments: Sequence[Int64s], offset_B: Int64s, length_B: Int64s
+        self, segments: Sequence[Int64s], offset_B: Int64s, length_B: Int64s, num_later: int = 0
     ) -> Histories:
+        """Cuts the histories of events, or of those that come ``num_later`` of them after."""
+        length_B = length_B + num_later
         if len(segments) == 1:
-            return self._gather(segments[0], offset_B, length_B)
+            return self._gather(segments[0], offset_B + num_later, length_B)
         ids_BN = np.zeros((len(offset_B), self.history_length), np.int64)
         lengths_B = np.zeros_like(length_B)
         first = 0
         for segment in segments:
             is_here_B = (first <= offset_B) & (offset_B < first + len(segment))
             if is_here_B.any():
-                found = self._gather(segment, offset_B[is_here_B] - first, length_B[is_here_B])
+                offset_b = offset_B[is_here_B] + num_later - first
+                found = self._gather(segment, offset_b, length_B[is_here_B])
                 ids_BN[is_here_B], lengths_B[is_here_B] = found.ids_BN, found.lengths_B
             first += len(segment)
         return Histories(ids_BN=ids_BN, lengths_B=lengths_B)

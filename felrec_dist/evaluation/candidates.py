@@ -18,6 +18,9 @@ from torch.nn import functional as F
 
 from felrec_dist.evaluation.candidate_set import AvailableItems
 from felrec_dist.evaluation.counts import RankCounts, count_above_and_tied
+from felrec_dist.evaluation.popularity import Exposure
+from felrec_dist.evaluation.top_k import TopK
+from felrec_dist.model.collective import gather_ranks
 from felrec_dist.model.felrec import FELRec
 from felrec_dist.training.exchange import Exchange
 from felrec_dist.training.representations import ITEM, Representations, last_events
@@ -128,8 +131,15 @@ class CandidateMatrix:
             others_B = torch.where(is_candidate_B, others_B, unseen_B)
         return torch.where(is_mine_B, scores_B[:, 0], others_B)
 
-    def count(self, ballot: Ballot, target_scores_B: Tensor) -> Tensor:
-        """Returns (4, B) int64 of this rank: above, tied, negatives above, negatives tied."""
+    def count(self, ballot: Ballot, target_scores_B: Tensor, top: TopK | None = None) -> Tensor:
+        """Returns (4, B) int64 of this rank: above, tied, negatives above, negatives tied.
+
+        Args:
+            ballot: what is counted.
+            target_scores_B: of all ranks.
+            top: takes the candidates on the way; the targets are among them where they are items
+                of the set.
+        """
         num_events = len(target_scores_B)
         counts_4B = torch.zeros(4, num_events, dtype=torch.int64, device=self.world.device)
         num_rows = self._num_rows(ballot.num_seen)
@@ -154,9 +164,14 @@ class CandidateMatrix:
                 scores_BC *= self.is_present_C[start:stop]
             row_C = torch.arange(start, stop, device=self.world.device)
             is_candidate_BC = row_C != target_row_B[:, None]
+            is_available_BC = None
             if available is not None:
                 last_seen_C, earliest_B = available
-                is_candidate_BC &= last_seen_C[start:stop] >= earliest_B[:, None]
+                is_available_BC = last_seen_C[start:stop] >= earliest_B[:, None]
+                is_candidate_BC &= is_available_BC
+            if top is not None:
+                item_C = row_C * self.world.world_size + self.world.rank
+                top.add(scores_BC, item_C, is_available_BC)
             above_B, tied_B = count_above_and_tied(scores_BC, target_scores_B, is_candidate_BC)
             counts_4B[0] += above_B
             counts_4B[1] += tied_B
@@ -190,10 +205,33 @@ class CandidateMatrix:
         return scores_BM
 
 
-def count_ranks(exchange: Exchange, candidates: CandidateMatrix, ballot: Ballot) -> RankCounts:
-    """Counts on each rank among its candidates; the sums are those of the whole catalogue."""
+def count_ranks(
+    exchange: Exchange,
+    candidates: CandidateMatrix,
+    ballot: Ballot,
+    exposure: Exposure | None = None,
+    is_served_B: npt.NDArray[np.bool_] | None = None,
+) -> RankCounts:
+    """Counts on each rank among its candidates; the sums are those of the whole catalogue.
+
+    Args:
+        exchange: between the ranks.
+        candidates: this rank's.
+        ballot: what is counted.
+        exposure: takes the events' lists.
+        is_served_B: whose lists count; None for all.
+    """
     target_scores_B = exchange.sum(candidates.target_scores(ballot))
-    counts_4B = exchange.sum(candidates.count(ballot, target_scores_B))
+    top = None
+    if exposure is not None:
+        top = TopK(len(target_scores_B), exposure.k, target_scores_B.device)
+    counts_4B = exchange.sum(candidates.count(ballot, target_scores_B, top))
+    if exposure is not None and top is not None:
+        lists = TopK(len(target_scores_B), exposure.k, target_scores_B.device)
+        lists.merge(gather_ranks(top.keys_Bk))
+        if is_served_B is None:
+            is_served_B = np.ones(len(target_scores_B), dtype=np.bool_)
+        exposure.add(lists.index_Bk().cpu().numpy(), is_served_B)
     above, tied, negatives_above, negatives_tied = counts_4B.cpu().numpy()
     if ballot.available is not None:
         num_candidates = ballot.available.num_candidates_B

@@ -39,6 +39,7 @@ from felrec_dist.evaluation.candidate_set import (
 from felrec_dist.evaluation.candidates import Ballot, CandidateMatrix, count_ranks, unit
 from felrec_dist.evaluation.counts import RankCounts
 from felrec_dist.evaluation.nearest_users import SampledUsers
+from felrec_dist.evaluation.popularity import Exposure
 from felrec_dist.evaluation.result import PartResult, joined
 from felrec_dist.model.felrec import FELRec
 from felrec_dist.section import Section
@@ -77,6 +78,10 @@ class EvaluationConfig(Section):
         gt=0.0,
         le=100_000.0,
         description="days; leave out candidates whose last interaction is older, null for none",
+    )
+
+    top_k_lists: bool = Field(
+        True, description="of a test: look at the popularity of the first k of each event"
     )
 
     @property
@@ -154,19 +159,14 @@ class Evaluator:
         protocols: tuple[Protocol, ...],
         on_batch: Callable[[int], None],
     ) -> tuple[dict[Protocol, PartResult], int]:
-        items = self.dataset.items
-        num_seen_at_end = int(np.searchsorted(items.first_positions, span.stop))
+        num_seen_at_end = int(np.searchsorted(self.dataset.items.first_positions, span.stop))
         sets = CandidateSets(self.config, self.dataset, span)
-        candidates = CandidateMatrix(
-            self.world,
-            num_seen_at_end,
-            self._item_width(),
-            self.representations.dtype,
-            self._item_vectors,
-        )
-        candidates.load(self.model, self.representations, step, items.ids[: sets.num_seen])
-        sampled = self._sample_users(span, step)
+        candidates = self.candidates(step, sets.num_seen, num_seen_at_end)
+        sampled = None
+        if self.config.nearest_users is not None:
+            sampled = self.sample_users(span, step, self.config.sampled_users)
         counts: dict[Protocol, list[RankCounts]] = {protocol: [] for protocol in protocols}
+        exposures = {p: new_exposure(self.config, self.dataset, span) for p in protocols}
         batches: list[EventBatch] = []
 
         stream = EventStream(self.dataset, span, self.batch_size)
@@ -177,7 +177,9 @@ class Evaluator:
                 if "causal" in counts:
                     users_BD = self._compared_users(user_BD, sampled)
                     ballot = self._ballot(batch, users_BD, sets.draw(batch), absent_is_zero=False)
-                    counts["causal"].append(self._count(ballot, candidates))
+                    counts["causal"].append(
+                        self._count(ballot, candidates, batch, exposures["causal"])
+                    )
 
                 with self.clock("write_back"):
                     user_BD, item_BD = self.representations.write_back(
@@ -192,7 +194,9 @@ class Evaluator:
                     users_BD = self._compared_users(user_BD[_last_of_same(batch.user)], sampled)
                     drawn = sets.draw(batch, with_replacement=True)
                     ballot = self._ballot(batch, users_BD, drawn, absent_is_zero=True)
-                    counts["released"].append(self._count(ballot, candidates))
+                    counts["released"].append(
+                        self._count(ballot, candidates, batch, exposures["released"])
+                    )
                 batches.append(batch)
                 step = loaded.step + 1
                 on_batch(len(batch))
@@ -205,6 +209,7 @@ class Evaluator:
                 counts=RankCounts.concatenate(parts),
                 k=self.config.k,
                 is_served=is_served(self.config.candidates, self.dataset, item_index),
+                exposure=exposures[protocol],
             )
             for protocol, parts in counts.items()
         }
@@ -233,10 +238,41 @@ class Evaluator:
             self.model.train(was_training)
         return step
 
+    def candidates(self, step: int, num_items: int, num_items_at_end: int) -> CandidateMatrix:
+        """Returns the first items of the catalogue as they are when ``step`` begins.
+
+        Args:
+            step: the cache's next one.
+            num_items: so many are loaded.
+            num_items_at_end: for so many there is room.
+        """
+        candidates = CandidateMatrix(
+            self.world,
+            num_items_at_end,
+            self._item_width(),
+            self.representations.dtype,
+            self._item_vectors,
+        )
+        candidates.load(self.model, self.representations, step, self.dataset.items.ids[:num_items])
+        return candidates
+
+    def sample_users(self, span: Span, step: int, num_users: int) -> SampledUsers:
+        """Returns so many of the users that the cache holds when the span begins, at ``step``."""
+        return SampledUsers(
+            self.dataset,
+            span,
+            step,
+            self.representations,
+            vectors_of=self.user_vectors,
+            num_users=num_users,
+            seed=self.config.seed,
+        )
+
     def _item_vectors(self, item_MD: Tensor) -> Tensor:
         return self.model.compared_items(item_MD) if self.config.use_heads else unit(item_MD)
 
-    def _user_vectors(self, user_MD: Tensor) -> Tensor:
+    def user_vectors(self, user_MD: Tensor) -> Tensor:
+        """Returns what items are multiplied with (M, C), of users' representations."""
         return self.model.compared_users(user_MD) if self.config.use_heads else unit(user_MD)
 
     def _item_width(self) -> int:
@@ -245,22 +281,9 @@ class Evaluator:
         one_1D = torch.zeros(1, width, dtype=self.representations.dtype, device=self.world.device)
         return self._item_vectors(one_1D).shape[1]
 
-    def _sample_users(self, span: Span, step: int) -> SampledUsers | None:
-        if self.config.nearest_users is None:
-            return None
-        return SampledUsers(
-            self.dataset,
-            span,
-            step,
-            self.representations,
-            vectors_of=self._user_vectors,
-            num_users=self.config.sampled_users,
-            seed=self.config.seed,
-        )
-
     def _compared_users(self, user_BD: Tensor, sampled: SampledUsers | None) -> Tensor:
         """Returns the vectors (B, C) that items are scored with."""
-        users_BC = self._user_vectors(user_BD)
+        users_BC = self.user_vectors(user_BD)
         if sampled is None or self.config.nearest_users is None:
             return users_BC
         with self.clock("score"):
@@ -302,9 +325,22 @@ class Evaluator:
             available=drawn.available,
         )
 
-    def _count(self, ballot: Ballot, candidates: CandidateMatrix) -> RankCounts:
+    def _count(
+        self,
+        ballot: Ballot,
+        candidates: CandidateMatrix,
+        batch: EventBatch,
+        exposure: Exposure | None,
+    ) -> RankCounts:
+        is_served_B = is_served(self.config.candidates, self.dataset, batch.item_index)
         with self.clock("score"):
-            return count_ranks(self.exchange, candidates, ballot)
+            return count_ranks(self.exchange, candidates, ballot, exposure, is_served_B)
+
+
+def new_exposure(config: EvaluationConfig, dataset: PreparedDataset, span: Span) -> Exposure | None:
+    """Returns what takes the lists of a span, None where nobody asks for them."""
+    is_wanted = config.top_k_lists and span == dataset.split.test
+    return Exposure.of_none(dataset, config.k) if is_wanted else None
 
 
 def _last_of_same(ids_B: np.typing.NDArray[np.int64]) -> Tensor:

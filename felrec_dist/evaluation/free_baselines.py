@@ -18,7 +18,7 @@ from felrec_dist.data.dataset import PreparedDataset, Span
 from felrec_dist.data.stream import EventBatch, EventStream
 from felrec_dist.evaluation.candidate_set import CandidateSet, CandidateSets, is_served
 from felrec_dist.evaluation.counts import RankCounts
-from felrec_dist.evaluation.evaluator import EvaluationConfig
+from felrec_dist.evaluation.evaluator import EvaluationConfig, new_exposure
 from felrec_dist.evaluation.result import PartResult, joined
 
 Int64s = npt.NDArray[np.int64]
@@ -105,6 +105,7 @@ def _rank(
     sets = CandidateSets(config, dataset, span)
     parts: list[RankCounts] = []
     done: list[EventBatch] = []
+    exposure = new_exposure(config, dataset, span)
     for batch, popularity_I in batches:
         drawn = sets.draw(batch)
         target_B = popularity_I[batch.item_index]
@@ -120,6 +121,9 @@ def _rank(
                 negatives_tied=(is_drawn_BM & (negative_BM == target_B[:, None])).sum(axis=1),
             )
         )
+        if exposure is not None:
+            lists_Bk = _lists(popularity_I, drawn, len(batch), exposure.k)
+            exposure.add(lists_Bk, is_served(config.candidates, dataset, batch.item_index))
         done.append(batch)
         sets.add(batch)
     return PartResult.of(
@@ -128,6 +132,7 @@ def _rank(
         counts=RankCounts.concatenate(parts),
         k=config.k,
         is_served=is_served(config.candidates, dataset, joined(done, "item_index")),
+        exposure=exposure,
     )
 
 
@@ -155,6 +160,25 @@ def _count(
     return above_B, tied_B, drawn.available.num_candidates_B
 
 
+def _lists(popularity_I: Int64s, drawn: CandidateSet, num_events: int, k: int) -> Int64s:
+    """Returns (B, k): the most popular candidates of each event, -1 where there are fewer."""
+    num_items = drawn.num_items
+    # Popularity and row in one number, so that all differ; of equal ones the lowest row is first.
+    keys_C = popularity_I[:num_items] * num_items + np.arange(num_items)[::-1]
+    if drawn.available is None:
+        return np.tile(_first_rows(keys_C, k), (num_events, 1))
+    last_seen_C, earliest_B = drawn.available.last_seen_C, drawn.available.earliest_B
+    return np.array([_first_rows(np.where(last_seen_C >= e, keys_C, -1), k) for e in earliest_B])
+
+
+def _first_rows(keys_C: Int64s, k: int) -> Int64s:
+    """Returns (k,) rows of the highest keys, -1 for those that are negative or not there."""
+    kept = min(k, len(keys_C))
+    rows = np.argpartition(keys_C, len(keys_C) - kept)[len(keys_C) - kept :]
+    rows = rows[np.argsort(-keys_C[rows])]
+    return np.pad(np.where(keys_C[rows] >= 0, rows, -1), (0, k - kept), constant_values=-1)
+
+
 def random_scores(like: PartResult, *, num_negatives: int, k: int) -> PartResult:
     """Returns what random scores are expected to reach on each of the same events.
 
@@ -167,6 +191,7 @@ def random_scores(like: PartResult, *, num_negatives: int, k: int) -> PartResult
     gains = np.where(ranks <= k, 1.0 / np.log2(1.0 + ranks), 0.0)
     return replace(
         like,
+        exposure=None,
         normalized_rank=np.where(num_candidates_n > 1, 0.5, 0.0),
         is_hit=np.minimum(1.0, k / (num_drawn_n + 1)),
         reciprocal_rank=np.cumsum(1.0 / ranks)[num_candidates_n - 1] / num_candidates_n,

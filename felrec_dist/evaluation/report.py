@@ -47,6 +47,8 @@ class TestReport:
         epoch_seconds: mean of its whole epochs without validation; None where there were none.
         rows: metrics by partition of each model.
         occurrence: of each model, as ``occurrence_to_json`` gives it.
+        popularity: of each model but ``random``, as ``Exposure.to_json`` gives it; empty without
+            ``evaluation.top_k_lists``.
     """
 
     model: str
@@ -70,6 +72,7 @@ class TestReport:
     epoch_seconds: float | None
     rows: dict[str, dict[str, Metrics]]
     occurrence: dict[str, dict[str, list[dict[str, Any]]]]
+    popularity: dict[str, dict[str, Any]]
 
     def to_json(self) -> dict[str, Any]:
         return {

@@ -27,6 +27,7 @@ from rich.table import Table
 from felrec_dist.data.dataset import PreparedDataset
 from felrec_dist.data.stream import EventBatch
 from felrec_dist.evaluation.counts import RankCounts
+from felrec_dist.evaluation.popularity import Exposure
 from felrec_dist.storage import write_whole
 
 PARTITIONS = ("observed", "new_users", "new_items")
@@ -138,6 +139,7 @@ class PartResult:
         ndcg: (n,) float64.
         is_full_hit: (n,) bool, or the probability.
         counts: what all these were computed from.
+        exposure: of a test, how often each item was among the first k; None where nobody asked.
     """
 
     event_id: npt.NDArray[np.int64]
@@ -151,6 +153,7 @@ class PartResult:
     ndcg: npt.NDArray[np.float64]
     is_full_hit: npt.NDArray[Any]
     counts: RankCounts
+    exposure: Exposure | None = None
 
     @classmethod
     def of(
@@ -161,6 +164,7 @@ class PartResult:
         counts: RankCounts,
         k: int,
         is_served: npt.NDArray[np.bool_] | None = None,
+        exposure: Exposure | None = None,
     ) -> PartResult:
         """Returns the result of n events.
 
@@ -170,6 +174,7 @@ class PartResult:
             counts: of the n events; of one that is not served, anything.
             k: of HR@k and NDCG@k.
             is_served: (n,) False where the model cannot rank the target; None serves all.
+            exposure: of the events served.
         """
         user_index, item_index = joined(batches, "user_index"), joined(batches, "item_index")
         return cls(
@@ -184,6 +189,7 @@ class PartResult:
             ndcg=counts.ndcg(k),
             is_full_hit=counts.full_hits(k),
             counts=counts,
+            exposure=exposure,
         )
 
     def metrics(self) -> dict[str, Metrics]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -12,8 +14,10 @@ from torch.nn.parallel import DistributedDataParallel
 from cache_server import CacheClient
 from felrec_dist.config import ExperimentConfig
 from felrec_dist.data.dataset import PreparedDataset, Span
-from felrec_dist.data.histories import HistoryReader
-from felrec_dist.data.stream import EventStream, StreamPosition, whole_batches
+from felrec_dist.data.histories import Histories, HistoryReader
+from felrec_dist.data.stream import EventBatch, EventStream, StreamPosition, whole_batches
+from felrec_dist.evaluation.candidate_set import num_candidate_items
+from felrec_dist.evaluation.candidates import CandidateMatrix
 from felrec_dist.evaluation.evaluator import Evaluator
 from felrec_dist.evaluation.evaluator import Protocol as EvaluationProtocol
 from felrec_dist.evaluation.result import PartResult
@@ -127,6 +131,33 @@ class FELRecTraining:
         if span == self.dataset.split.train:
             span = self.train_span
         return self.evaluator.replay(span, step, on_batch)
+
+    def candidates_now(self, step: int, num_seen: int) -> CandidateMatrix:
+        num_items = num_candidate_items(self.config.evaluation.candidates, self.dataset, num_seen)
+        with self._evaluating():
+            return self.evaluator.candidates(step, num_items, num_items)
+
+    def represent_now(self, last: EventBatch, step: int) -> tuple[Tensor, npt.NDArray[np.bool_]]:
+        items_of_users = self.loader.histories.items_after(last)
+        nobody = np.zeros(len(last), dtype=np.int64)
+        users_of_items = Histories(np.zeros_like(items_of_users.ids_BN), nobody)
+        with self._evaluating():
+            rows = self.representations.plan(step, last, items_of_users, users_of_items)
+            user_BD, _ = self.model.represent(self.representations.take(rows))
+            return self.evaluator.user_vectors(user_BD), np.ones(len(last), dtype=np.bool_)
+
+    def users_now(self, step: int, position: int) -> tuple[Tensor, npt.NDArray[np.int64]]:
+        with self._evaluating():
+            everybody = self.evaluator.sample_users(
+                Span(position, position), step, self.dataset.num_users
+            )
+        return everybody.vectors_UD, everybody.index_U
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        self.model.eval()
+        with torch.inference_mode():
+            yield
 
     def begin(self, generation: int, step: int) -> None:
         self.representations.begin(generation, step)

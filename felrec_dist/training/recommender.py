@@ -6,9 +6,13 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Protocol, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor, nn
 
 from felrec_dist.data.dataset import Span
+from felrec_dist.data.stream import EventBatch
+from felrec_dist.evaluation.candidates import CandidateMatrix
 from felrec_dist.evaluation.evaluator import Protocol as EvaluationProtocol
 from felrec_dist.evaluation.result import PartResult
 from felrec_dist.training.checkpoint import Checkpoint, TablePart
@@ -93,6 +97,37 @@ class Recommender(Protocol[Batch]):
 
         Args:
             span, step, on_batch: of ``evaluate``; returns the step after it, too.
+        """
+
+    def candidates_now(self, step: int, num_seen: int) -> CandidateMatrix:
+        """Returns the items that can be recommended, those of the first rows of the catalogue.
+
+        Args:
+            step: the cache's next one.
+            num_seen: items seen so far.
+        """
+
+    def represent_now(self, last: EventBatch, step: int) -> tuple[Tensor, npt.NDArray[np.bool_]]:
+        """Returns what the candidates are multiplied with (b, C), of users as they are after their
+        last events, and which of them the model knows (b,).
+
+        Args:
+            last: each user's last event; of its columns only those of the user count.
+            step: the cache's next one, higher with each call.
+
+        Raises:
+            ConfigError: the model cannot represent users between their events.
+        """
+
+    def users_now(self, step: int, position: int) -> tuple[Tensor, npt.NDArray[np.int64]]:
+        """Returns the vectors (U, C) of all users that the cache holds, and their catalogue rows.
+
+        Args:
+            step: the cache's next one.
+            position: of the next event.
+
+        Raises:
+            ConfigError: the model compares no users.
         """
 
     def begin(self, generation: int, step: int) -> None:

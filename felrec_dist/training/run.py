@@ -138,6 +138,7 @@ def _write_report(
     model = f"{config.model_name} ({evaluation.variant})".removesuffix(" ()")
     baselines = {"most popular": popular, "recently popular": recent, "random": chance}
     results = {model: result, **baselines}
+    num_seen = int((dataset.items.first_positions < split.test.stop).sum())
     report = TestReport(
         model=model,
         variant=evaluation.variant,
@@ -160,6 +161,11 @@ def _write_report(
         epoch_seconds=times.epoch_seconds,
         rows={name: part.metrics() for name, part in results.items()},
         occurrence={name: occurrence_to_json(p.occurrence()) for name, p in results.items()},
+        popularity={
+            name: part.exposure.to_json(dataset, evaluation.candidates, num_seen)
+            for name, part in results.items()
+            if part.exposure is not None
+        },
     )
     url = report_url(config.run.url, protocol, evaluation.variant)
     result.write_parquet(f"{url}.parquet")

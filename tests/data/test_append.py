@@ -57,6 +57,12 @@ def assert_same_content(found: PreparedDataset, whole: PreparedDataset) -> None:
         for name in ("first_positions", "train_counts", "validation_counts", "test_counts"):
             np.testing.assert_array_equal(getattr(catalogue, name), getattr(truth, name), name)
     left, right = all_events(found), all_events(whole)
+    ours, theirs = (
+        HistoryReader(dataset, 7).items_after(events)
+        for dataset, events in ((found, left), (whole, right))
+    )
+    np.testing.assert_array_equal(ours.ids_BN, theirs.ids_BN)
+    np.testing.assert_array_equal(ours.lengths_B, theirs.lengths_B)
     for name in ("event_id", "user", "item", "timestamp", "user_index", "item_index"):
         np.testing.assert_array_equal(getattr(left, name), getattr(right, name), name)
     for name in ("user_length", "item_length"):

@@ -70,6 +70,19 @@ def test_histories_do_not_depend_on_the_batch(
                 assert ids[length:] == [0] * (history_length - length)
 
 
+@pytest.mark.parametrize("history_length", [1, 4, 100])
+def test_after_an_event_its_item_is_the_most_recent(
+    dataset: PreparedDataset, history_length: int
+) -> None:
+    truth = expect(ROWS)
+    [batch] = read_batches(dataset, len(ROWS))
+    after = HistoryReader(dataset, history_length).items_after(batch)
+    for row, (item, before) in enumerate(zip(truth.items, truth.user_histories, strict=True)):
+        expected = [item, *before][:history_length]
+        assert after.lengths_B[row] == len(expected)
+        assert after.ids_BN[row].tolist()[: len(expected)] == expected
+
+
 def test_an_empty_slice_has_empty_histories(dataset: PreparedDataset) -> None:
     [batch] = read_batches(dataset, len(ROWS))
     of_users, of_items = HistoryReader(dataset, N).read(batch.slice(3, 3))

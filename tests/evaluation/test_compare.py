@@ -57,6 +57,7 @@ def report(model: str, *ranks: float | None, **changes: Any) -> reports.TestRepo
         epoch_seconds=9.26,
         rows={model: metrics_of(*ranks), "most popular": popular},
         occurrence={},
+        popularity={},
     )
     return replace(base, **changes)
 

@@ -91,6 +91,8 @@ def run_epochs(config: ExperimentConfig, dataset: PreparedDataset, client: Cache
     for protocol, result in results.items():
         for name in RANKED:
             ranked[f"variant, {protocol}, {name}"] = getattr(result, name)
+        assert result.exposure is not None
+        ranked[f"variant, {protocol}, lists"] = result.exposure.counts_I
     client.flush()
     trainer.world.barrier()
     rows = {

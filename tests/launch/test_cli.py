@@ -93,6 +93,10 @@ def test_synthesize_prepare_train_evaluate(felrec: Felrec, tmp_path: Path) -> No
     earlier = per_event["item_interactions"].to_pylist()
     first_of_item = first["occurrence"]["felrec-q"]["item"][0]
     assert first_of_item["num_events"] == earlier.count(0)
+    assert list(first["popularity"]) == ["felrec-q", "most popular", "recently popular"]
+    assert sum(first["popularity"]["felrec-q"]["deciles"]) + first["popularity"]["felrec-q"][
+        "new_items"
+    ] == pytest.approx(1.0)
     popular = pq.read_table(report.with_name("test-causal.most-popular.parquet"))
     assert popular.column_names == columns
     assert popular["item_interactions"].to_pylist() == earlier
