@@ -44,9 +44,9 @@ app = typer.Typer(
 app.add_typer(cache_app, name="cache")
 app.command()(benchmark)
 app.command()(compare)
-app.command()(scale)
-app.command()(report)
 app.command()(recommend)
+app.command()(report)
+app.command()(scale)
 app.command()(submit)
 app.command()(suite)
 

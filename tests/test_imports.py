@@ -85,7 +85,7 @@ def test_imports_nothing_it_does_not_need_and_says_nothing(tmp_path: Path) -> No
     modules = modules_of("felrec_dist", list(felrec_dist.__path__))
     modules |= modules_of("cache_server", list(cache_server.__path__))
     modules |= {"launch", "launch.cache_cli", "launch.cli", "launch.compare_cli"}
-    modules |= {"launch.local", "launch.progress", "launch.recommend_cli"}
+    modules |= {"launch.local", "launch.progress", "launch.recommend_cli", "launch.report_cli"}
     modules |= {"launch.scale", "launch.scale_cli"}
     assert NEED_DUCKDB | NEED_REPORT < modules, "the exceptions must be real"
     modules -= NEED_RAY | NEED_DUCKDB | NEED_REPORT

@@ -328,6 +328,44 @@ def buckets_plot(
     return drawing.plot()
 
 
+def popularity_plot(
+    name: str, caption: str, shares: Mapping[str, tuple[Style, Sequence[float]]], *, k: int
+) -> Plot:
+    """What share of the recommended items is how popular.
+
+    Args:
+        caption: how to read it.
+        shares: by label; of the groups of equally many items, the most popular first, then of the
+            items that came after the training part; in percent.
+        k: of the lists.
+    """
+    drawing = Drawing(
+        name,
+        f"How popular the first {k} recommended items are",
+        caption,
+        x_label="tenth of the training items, most popular first",
+        y_label="share of the recommended items, %",
+    )
+    num_groups = 0
+    for label, (style, of_run) in shares.items():
+        num_groups = len(of_run) - 1
+        drawing.axes.plot(
+            range(num_groups),
+            of_run[:-1],
+            color=style.colour,
+            linestyle=style.dash,
+            marker=style.marker,
+            label=label,
+        )
+        # No tenth: no line leads there.
+        drawing.axes.plot(num_groups, of_run[-1], color=style.colour, marker=style.marker)
+    names = [f"{number + 1}" for number in range(num_groups)]
+    drawing.axes.set_xticks(range(num_groups + 1), [*names, "new"])
+    drawing.axes.set_ylim(bottom=0)
+    drawing.legend()
+    return drawing.plot()
+
+
 def map_plot(name: str, label: str, found: Map, *, of_users: bool) -> Plot:
     """The users or the items of a map, coloured by their number of events."""
     side, other = ("users", "items") if of_users else ("items", "users")

@@ -194,6 +194,7 @@ def results(number: int, group: ComparedRuns, styles: Mapping[str, Style]) -> Se
             events[label] = of_model
     if events:
         _add_cold_start(section, number, group.comparison.test.k, events, styles)
+    _add_popularity(section, number, group, styles)
     return section
 
 
@@ -240,6 +241,62 @@ def _add_cold_start(
                 [["events", *(f"{bucket.num_events:,}" for bucket in of_first)]],
             )
         )
+
+
+def _add_popularity(
+    section: Section, number: int, group: ComparedRuns, styles: Mapping[str, Style]
+) -> None:
+    """Whether a model recommends what is popular anyway."""
+    first = group.runs[0].report
+    found = {
+        run.label: run.report.popularity[run.report.model]
+        for run in group.runs
+        if run.report.model in run.report.popularity
+    }
+    found |= {name: first.popularity[name] for name in DRAWN_BASELINES if name in first.popularity}
+    if not found:
+        return
+    shares = {
+        label: [100 * share for share in (*facts["deciles"], facts["new_items"])]
+        for label, facts in found.items()
+    }
+    k = next(iter(found.values()))["k"]
+    section.plots.append(
+        plots.popularity_plot(
+            f"popularity-{number}",
+            "Of the items in the first places of each event's list. A tenth has as many items as "
+            "any other, so a level line would be no bias; new: items that came after the training "
+            "part.",
+            {label: (styles[label], of_model) for label, of_model in shares.items()},
+            k=k,
+        )
+    )
+    num_groups = len(next(iter(shares.values()))) - 1
+    section.tables.append(
+        HtmlTable(
+            f"How popular the first {k} recommended items are: shares by tenth of the training "
+            "items, the most popular first. Gini: 0 if all items are recommended equally often, "
+            "towards 1 if few are always; coverage: candidates that are recommended at all.",
+            [("", 1), ("share of the recommended items, %", num_groups + 1), ("", 3)],
+            [
+                "model",
+                *(f"{place + 1}" for place in range(num_groups)),
+                *("new", "Gini", "coverage %", "lists"),
+            ],
+            _unmarked(
+                [
+                    [
+                        label,
+                        *(f"{share:.1f}" for share in shares[label]),
+                        f"{facts['gini']:.3f}",
+                        f"{100 * facts['coverage']:.1f}",
+                        f"{facts['num_lists']:,}",
+                    ]
+                    for label, facts in found.items()
+                ]
+            ),
+        )
+    )
 
 
 def _with_unit(kind: MetricKind, name: str) -> str:

@@ -33,6 +33,14 @@ def test_a_resumed_run_is_one_curve(tmp_path: Path, where: str) -> None:
     assert curve.values.tolist() == [0.5, 0.25, 0.125, 1.0]
 
 
+def test_what_was_logged_twice_at_one_step_counts_as_last_said(tmp_path: Path) -> None:
+    """As the test of a run that was over and is started again."""
+    log_ranks(str(tmp_path), {30: 0.5})
+    log_ranks(str(tmp_path), {30: 0.25}, steps_done=30)
+    curve = read_curves(str(tmp_path))[TAG]
+    assert (curve.steps.tolist(), curve.values.tolist()) == ([30], [0.25])
+
+
 def test_a_run_without_a_log_has_no_curves(tmp_path: Path) -> None:
     assert read_curves(str(tmp_path)) == {}
 

@@ -105,6 +105,22 @@ def test_it_has_every_figure(page: Page) -> None:
     } <= set(page.titles)
 
 
+def test_it_shows_how_popular_recommended_items_are(page: Page, runs: list[str]) -> None:
+    assert "How popular the first 10 recommended items are" in page.titles
+    [table] = [table for table in page.tables if table[1][-3:-2] == ["Gini"]]
+    assert [row[0] for row in table[2:]] == [
+        *("felrec-q", "felrec-p", "most popular", "recently popular")
+    ]
+    found = read_report(runs[1], "causal").popularity
+    for row, model in ((table[3], "felrec-p"), (table[5], "recently popular")):
+        # Those of the free baselines are the first run's, and equal in all.
+        shares = [*found[model]["deciles"], found[model]["new_items"]]
+        assert row[1:12] == [f"{100 * share:.1f}" for share in shares]
+        assert row[12] == f"{found[model]['gini']:.3f}"
+        assert row[13] == f"{100 * found[model]['coverage']:.1f}"
+        assert sum(map(float, row[1:12])) == pytest.approx(100, abs=0.6)
+
+
 def test_what_is_missing_is_said_and_the_rest_is_shown(tmp_path: Path) -> None:
     """A report without config, log, checkpoint, ranks and data set; its name is no markup."""
     bare = str(tmp_path / "bare")

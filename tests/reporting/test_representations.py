@@ -60,9 +60,11 @@ def test_the_similarities_are_those_of_single_pairs(
                 assert found.cosines_RC[r, c] == pytest.approx(cosine, abs=1e-9)
 
 
+@pytest.mark.parametrize("read_events", [65_536, 7])
 def test_the_interaction_that_is_chosen_has_the_longest_histories(
-    run: Run, dataset: PreparedDataset
+    run: Run, dataset: PreparedDataset, monkeypatch: pytest.MonkeyPatch, read_events: int
 ) -> None:
+    monkeypatch.setattr(representations, "_READ_EVENTS", read_events)
     raw = pq.read_table(Path(dataset.url).parent / "raw.parquet").to_pylist()
     shortest = []
     for event_id in range(540, 600):
