@@ -144,7 +144,10 @@ class View:
         else:
             # The k-th comes after k - 1 others.
             starts = [first - 1 for first, _ in OCCURRENCES]
-            labels = [occurrence_name(first, last) for first, last in OCCURRENCES]
+            labels = [
+                f">{first - 1}" if last is None else occurrence_name(first, last)
+                for first, last in OCCURRENCES
+            ]
         bucket_n = np.searchsorted(starts, num_earlier_n, side="right") - 1
         return [
             _bucket(label, scale * values_n[is_shown_n & (bucket_n == number)])

@@ -33,6 +33,7 @@ HATCHES = ("", "//", "..", "xx", "\\\\", "++", "--")
 # As wide as a phone shows without shrinking the text beyond reading.
 _WIDTH_INCHES = 4.6
 _HEIGHT_INCHES = 3.1
+_LINE_INCHES = 0.2
 _MAX_POINTS = 250
 _LOOK: Mapping[str, Any] = {
     "svg.fonttype": "none",
@@ -111,6 +112,8 @@ class Drawing:
         """Below the axes, where it hides nothing."""
         handles, labels = self.axes.get_legend_handles_labels()
         columns = 1 if max(map(len, labels), default=0) > 24 else 2
+        num_lines = -(-len(labels) // columns)
+        self.figure.set_figheight(self.figure.get_figheight() + _LINE_INCHES * (num_lines - 1))
         with mpl.rc_context(dict(_LOOK)):
             self.figure.legend(handles, labels, loc="outside lower center", ncols=columns)
 
@@ -222,7 +225,7 @@ def shares_plot(
         caption,
         x_label=x_label,
         y_label="",
-        height_inches=1.5 + 0.33 * len(shares),
+        height_inches=1.1 + 0.33 * len(shares),
     )
     rows = np.arange(len(shares))
     left = np.zeros(len(shares))
@@ -280,7 +283,7 @@ def growth_plot(
         drawing.axes.plot([train, train], [users, items], "x", color="#000000", markersize=7)
     _count_axis(drawing.axes.xaxis)
     _count_axis(drawing.axes.yaxis)
-    drawing.axes.set_ylim(bottom=0)
+    _begin_at_zero(drawing.axes)
     drawing.legend()
     return drawing.plot()
 
@@ -323,7 +326,7 @@ def buckets_plot(
         )
     drawing.axes.set_xticks(range(len(labels)), labels)
     drawing.axes.set_xlim(-0.5, len(labels) - 0.5)
-    drawing.axes.set_ylim(bottom=0)
+    _begin_at_zero(drawing.axes)
     drawing.legend()
     return drawing.plot()
 
@@ -344,7 +347,7 @@ def popularity_plot(
         f"How popular the first {k} recommended items are",
         caption,
         x_label="tenth of the training items, most popular first",
-        y_label="share of the recommended items, %",
+        y_label="recommended items, %",
     )
     num_groups = 0
     for label, (style, of_run) in shares.items():
@@ -361,7 +364,7 @@ def popularity_plot(
         drawing.axes.plot(num_groups, of_run[-1], color=style.colour, marker=style.marker)
     names = [f"{number + 1}" for number in range(num_groups)]
     drawing.axes.set_xticks(range(num_groups + 1), [*names, "new"])
-    drawing.axes.set_ylim(bottom=0)
+    _begin_at_zero(drawing.axes)
     drawing.legend()
     return drawing.plot()
 
@@ -428,6 +431,11 @@ def similarities_plot(name: str, label: str, found: Similarities) -> Plot:
         axis.set_major_locator(MaxNLocator(6, integer=True))
     drawing.colour_bar(image, "cosine")
     return drawing.plot()
+
+
+def _begin_at_zero(axes: Any) -> None:
+    """A little below it: a marker at zero is seen whole."""
+    axes.set_ylim(bottom=-0.03 * axes.get_ylim()[1])
 
 
 def _count_axis(axis: Any) -> None:

@@ -236,8 +236,8 @@ def _add_cold_start(
         of_first = next(iter(buckets.values()))
         section.tables.append(
             _plain(
-                f"Events behind the figures {view.title}",
-                [view.x_label, *(bucket.label for bucket in of_first)],
+                f"Events behind the figures {view.title}; columns as on their axis",
+                ["", *(bucket.label for bucket in of_first)],
                 [["events", *(f"{bucket.num_events:,}" for bucket in of_first)]],
             )
         )

@@ -212,6 +212,34 @@ def test_a_suite_brings_its_tables_and_all_its_runs(suite: Path) -> None:
             assert run.curves
 
 
+def test_tests_of_variants_are_found(suite: Path, runs: list[str]) -> None:
+    """Beside the plain one, and in a folder of its own, which a table has as a row."""
+    plain = read_report(runs[0], "causal")
+    reset = replace(
+        plain,
+        model="felrec-q (reset)",
+        variant="reset",
+        rows={"felrec-q (reset)": plain.rows["felrec-q"]},
+    )
+    for folder in ("felrec-q", "q_reset"):
+        write_report(str(suite / folder), reset)
+    tables = json.loads((suite / "tables.json").read_text())
+    tables["tables"][1]["rows"][0]["url"] = "/elsewhere/q_reset"
+    (suite / "tables.json").write_text(json.dumps(tables))
+    groups = read_runs([str(suite)], "causal")
+    tests = [(group.title, run.label, run.report.variant) for group in groups for run in group.runs]
+    assert tests == [
+        ("Both", "Q", ""),
+        ("Both", "P", ""),
+        ("One", "only Q", "reset"),
+        ("tiny, growing candidates", "felrec-q (reset)", "reset"),
+        ("demo, training candidates", "bpr-mf", ""),
+    ]
+    # Curves are of the training: each folder once.
+    section = sections.training(distinct(groups), dict.fromkeys(("Q", "P"), Style.of(0)))
+    assert len([plot for plot in section.plots if plot.name.startswith("loss")]) == 2
+
+
 def test_damaged_tables_are_refused(suite: Path) -> None:
     (suite / "tables.json").write_text('{"tables": 3}')
     with pytest.raises(InputError, match=r"(?s)tables of a suite.*tables\.json.*felrec suite"):
