@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from cache_server import CacheClient, InProcessTransport
+from felrec_dist.config import parse_config
 from felrec_dist.data.dataset import PreparedDataset
 from felrec_dist.errors import InputError
 from felrec_dist.reporting import representations
@@ -60,11 +61,21 @@ def test_the_similarities_are_those_of_single_pairs(
                 assert found.cosines_RC[r, c] == pytest.approx(cosine, abs=1e-9)
 
 
+@pytest.mark.parametrize("history_length", [N, 24])
 @pytest.mark.parametrize("read_events", [65_536, 7])
 def test_the_interaction_that_is_chosen_has_the_longest_histories(
-    run: Run, dataset: PreparedDataset, monkeypatch: pytest.MonkeyPatch, read_events: int
+    run: Run,
+    dataset: PreparedDataset,
+    monkeypatch: pytest.MonkeyPatch,
+    read_events: int,
+    history_length: int,
 ) -> None:
+    """The first one with full histories; where there is none, the first with the longest."""
     monkeypatch.setattr(representations, "_READ_EVENTS", read_events)
+    assert run.config is not None
+    tree = run.config.model_dump(mode="json")
+    tree["model"]["encoder"]["history_length"] = history_length
+    longer = replace(run, config=parse_config(tree, where="test"))
     raw = pq.read_table(Path(dataset.url).parent / "raw.parquet").to_pylist()
     shortest = []
     for event_id in range(540, 600):
@@ -72,9 +83,9 @@ def test_the_interaction_that_is_chosen_has_the_longest_histories(
         lengths = [
             sum(row[side] == raw[event_id][side] for row in before) for side in ("user", "item")
         ]
-        shortest.append(min(*lengths, N))
-    assert read_similarities(run, dataset, None).event_id == 540 + int(np.argmax(shortest))
-    assert max(shortest) > 0
+        shortest.append(min(*lengths, history_length))
+    assert (max(shortest) == history_length) == (history_length == N)
+    assert read_similarities(longer, dataset, None).event_id == 540 + int(np.argmax(shortest))
 
 
 @pytest.mark.parametrize("event_id", [539, 600, -1])
