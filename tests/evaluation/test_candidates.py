@@ -16,6 +16,7 @@ from felrec_dist.data.stream import EventBatch
 from felrec_dist.evaluation import candidates as candidates_module
 from felrec_dist.evaluation.candidates import Ballot, CandidateMatrix
 from felrec_dist.evaluation.counts import TIE_TOLERANCE
+from felrec_dist.evaluation.top_k import TopK
 from felrec_dist.model.felrec import FELRec
 from felrec_dist.training.representations import CacheConfig, Representations
 from felrec_dist.training.world import World
@@ -159,6 +160,27 @@ def test_counts_of_any_number_of_ranks(
     assert counted(matrices, asked) == expected
     if num_items == 13:
         assert any(tied for _, tied, *_ in expected), "some items must tie"
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 5, 20])
+def test_the_first_candidates_of_any_number_of_ranks(
+    world_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some items tie, so that the lowest catalogue row must decide over the ranks."""
+    monkeypatch.setitem(candidates_module.BLOCK_SCORES, "cpu", 40)
+    known = catalogue(13)
+    asked = ballot(known, [0, 5, 13], absent_is_zero=False)
+    scores_BI = (asked.users_BD @ known.rows_ID.T / TIE_TOLERANCE[torch.float64]).round()
+    expected = [
+        sorted(range(13), key=lambda item: (-scores[item], item))[:6]
+        for scores in scores_BI.tolist()
+    ]
+    merged = TopK(3, 6, CPU)
+    for world in worlds(world_size):
+        matrix, top = loaded(known, world, 13), TopK(3, 6, CPU)
+        matrix.count(asked, matrix.target_scores(asked), top)
+        merged.merge(top.keys_Bk[None])
+    assert merged.index_Bk().tolist() == expected
 
 
 def test_absent_as_zero_differs_from_absent_as_encoding() -> None:
