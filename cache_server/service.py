@@ -43,7 +43,7 @@ class ServiceCounters(NamedTuple):
 
     def plus(self, other: ServiceCounters) -> ServiceCounters:
         """The sums."""
-        return ServiceCounters(*(a + b for a, b in zip(self, other, strict=True)))
+        return ServiceCounters._make(a + b for a, b in zip(self, other, strict=True))
 
 
 class ShardService:

@@ -16,7 +16,12 @@ from tests import tiny
 
 ROOT = Path(felrec_dist.__path__[0]).parent
 
-NEED_RAY = {"cache_server.ray_transport", "felrec_dist.data.ray_arrange", "launch.on_ray"}
+NEED_RAY = {
+    "cache_server.ray_metrics",
+    "cache_server.ray_transport",
+    "felrec_dist.data.ray_arrange",
+    "launch.on_ray",
+}
 NEED_DUCKDB = {
     f"felrec_dist.data.{name}"
     for name in ("arrange", "prepare", "sources", "stages", "target", "writer")

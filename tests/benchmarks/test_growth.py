@@ -35,7 +35,8 @@ def test_a_row_takes_its_bytes_wherever_it_lies(report: Report) -> None:
 
 
 def test_every_figure_is_one(report: Report) -> None:
-    numbers = [figure.value for figure in [*report.figures, *report.ratios]]
+    numbers = [figure.value for figure in report.figures]
+    numbers += [ratio.value for ratio in report.ratios]
     assert all(math.isfinite(number) and number > 0 for number in numbers)
     cases = {figure.case for figure in report.figures}
     assert (growth.FROM_DISK in cases) == (report.setting["kept"] != "in memory")

@@ -408,6 +408,9 @@ def test_ctrl_c_stops_within_seconds_and_the_run_goes_on(
         def advance(self, num_events: int, facts: object) -> None:
             pass
 
+        def measure(self, scalars: object) -> None:
+            pass
+
         def say(self, line: str) -> None:
             self.lines += (line,)
 
