@@ -10,19 +10,19 @@ import torch
 from benchmarks.measure import Report
 
 NAMES = ("loader", "encoder", "step", "end-to-end", "evaluate", "workers", "prepare")
-# They measure shards, and know no device.
-OF_SHARDS = ("cache", "growth")
+# They measure shards and nodes, and know no device.
+WITHOUT_DEVICE = ("cache", "growth", "nodes")
 
 
 def names() -> tuple[str, ...]:
     """Returns what can be run."""
-    return (*NAMES, *OF_SHARDS)
+    return (*NAMES, *WITHOUT_DEVICE)
 
 
 def run(name: str, *, quick: bool, device: torch.device) -> Sequence[Report]:
     """Runs one benchmark."""
     module = importlib.import_module(f"benchmarks.{name.replace('-', '_')}")
     reports: Sequence[Report] = (
-        module.run(quick) if name in OF_SHARDS else module.run(quick, device)
+        module.run(quick) if name in WITHOUT_DEVICE else module.run(quick, device)
     )
     return reports

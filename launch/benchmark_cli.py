@@ -23,7 +23,7 @@ def benchmark(
         str,
         typer.Argument(
             help="loader, encoder, step, end-to-end, evaluate, workers, prepare, cache, growth, "
-            "or all"
+            "nodes, or all"
         ),
     ] = ALL,
     goals: Annotated[

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import partial
 from io import StringIO
 from pathlib import Path
@@ -461,11 +461,11 @@ def test_ctrl_c_stops_within_seconds_and_the_run_goes_on(
         def advance(self, num_events: int, facts: object) -> None:
             pass
 
+        def measure(self, scalars: object) -> None:
+            pass
+
         def say(self, line: str) -> None:
             self.lines += (line,)
-
-        def measure(self, scalars: Mapping[str, float]) -> None:
-            pass
 
     progress = StopAtNext()
     with pytest.raises(CheckpointError, match="--no-resume"):
