@@ -11,6 +11,7 @@ from typing import Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
+from matplotlib.ticker import StrMethodFormatter
 
 from felrec_dist.studies.config import SYNTHETIC, short_names
 from felrec_dist.studies.figures import CellFigures
@@ -181,8 +182,10 @@ def _check(outcome: StudyOutcome) -> Callable[[Any], None] | None:
         ends = [min(*xs, *ys) / 1.2, max(*xs, *ys) * 1.2]
         axes.plot(xs, ys, color=COLOURS[0], marker="o", linestyle="", label="a cell")
         axes.plot(ends, ends, color="grey", linestyle=":", linewidth=1, label="equal")
-        axes.set_xscale("log")
-        axes.set_yscale("log")
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log", base=2)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         axes.set(
             title="the cost model on cells that it was not fitted to",
             xlabel="measured milliseconds a step",
@@ -197,17 +200,15 @@ def _prediction(outlook: Outlook) -> Callable[[Any], None]:
         workers = sorted(outlook.section.workers)
         first = outlook.of_rows(outlook.section.cache_rows[0])[0]
         ideal = [first.events_per_s / first.layout.num_workers * x for x in workers]
+        num_lines = len(outlook.section.cache_rows)
         for number, cache_rows in enumerate(outlook.section.cache_rows):
-            ys = [prediction.events_per_s for prediction in outlook.of_rows(cache_rows)]
-            axes.plot(workers, ys, label=f"{cache_rows:,} rows", **_style(number))
-            lacking = [
-                (p.layout.num_workers, p.events_per_s)
-                for p in outlook.of_rows(cache_rows)
-                if not outlook.fits(p)
-            ]
-            style = {"color": "black", "linestyle": "", "marker": "x", "markersize": 9}
-            axes.plot(*zip(*lacking, strict=True) if lacking else ([], []), **style)
-        axes.plot([], [], color="black", linestyle="", marker="x", label="too little memory")
+            predictions = outlook.of_rows(cache_rows)
+            enough = next((p.layout.num_workers for p in predictions if outlook.fits(p)), None)
+            memory = "never memory enough" if enough is None else f"memory from {enough} on"
+            # Sizes often cost the same: thinner lines lie on broader ones.
+            style = {**_style(number), "linewidth": 1.5 + 2 * (num_lines - 1 - number)}
+            ys = [prediction.events_per_s for prediction in predictions]
+            axes.plot(workers, ys, label=f"{cache_rows:,} rows, {memory}", **style)
         axes.plot(workers, ideal, color="grey", linestyle=":", linewidth=1, label="ideal")
         _doubling(axes, workers)
         axes.set_yscale("log")

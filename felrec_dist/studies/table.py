@@ -147,7 +147,7 @@ def _outlook(outlook: Outlook) -> str:
             f"{100 * outlook.efficiency(p):.0f}",
             f"{1000 * p.step_s:,.1f}",
             p.limit,
-            f"{p.shard_memory_bytes / 1e9:,.1f}" + ("" if outlook.fits(p) else " (too much)"),
+            _gigabytes(p.shard_memory_bytes) + ("" if outlook.fits(p) else " (too much)"),
             f"{p.checkpoint_s:,.0f}",
         ]
         for p in outlook.predictions
@@ -188,6 +188,11 @@ def _settings(outcome: CellOutcome) -> list[str]:
         NOTHING if value is None else f"{value:,}" if type(value) is int else str(value)
         for value in values
     ]
+
+
+def _gigabytes(num_bytes: float) -> str:
+    amount = num_bytes / 1e9
+    return f"{amount:,.1f}" if amount >= 1.0 else f"{amount:.3f}"
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -139,7 +139,8 @@ def test_plots_are_labelled_and_the_same_each_time(study: StudyOutcome) -> None:
     assert "validation rank" in texts["quality"]
     assert "cache rows" in texts["cache"]
     assert "milliseconds" in texts["cache"]
-    assert "too little memory" in texts["prediction-1"]
+    assert "1,000,000 rows, memory from 1 on" in texts["prediction-1"]
+    assert "10,000,000,000 rows, never memory enough" in texts["prediction-1"]
     assert draw(study) == plots
 
 
