@@ -35,6 +35,8 @@ _FILE_BYTES = 2**34
 _PAGE_BYTES = mmap.PAGESIZE
 _WILL_NEED = mmap.MADV_WILLNEED
 _FIRST_PIECE = 16
+# To ask for so many costs about as much as one wait for a fast disk.
+_ROWS_PER_WAIT = 128
 
 # By its name, so that the compiled code can be kept on disk.
 _madvise = types.ExternalFunction("madvise", types.int32(types.int64, types.uint64, types.int32))
@@ -167,20 +169,21 @@ class _SpillFile:
 def pieces(blocks: Blocks, row_numbers: Int32s) -> Iterator[slice]:
     """Slices of rows (M,) to read or write one after the other; negative numbers are no rows.
 
-    As soon as one had to wait for the disk, the pages of all rows that are left are asked for, at
-    once: a wait for each, one after the other, would take 50 times as long. To ask for pages that
-    are there costs as much as to read them, so this is not done before.
+    Once too many of them had to wait for the disk, the pages of all rows that are left are asked
+    for, at once: a wait for each, one after the other, would take 50 times as long. To ask for
+    pages that are there costs as much as to read them, so this is not done before.
     """
     if not blocks.num_spilled:
         yield slice(0, row_numbers.size)
         return
     start, size = 0, _FIRST_PIECE
+    before = _waits_for_disk()
     while start < row_numbers.size:
-        before = _waits_for_disk()
         yield slice(start, start + size)
         start += size
         size *= 2
-        if start < row_numbers.size and _waits_for_disk() > before:
+        num_waits = _waits_for_disk() - before
+        if start < row_numbers.size and num_waits * _ROWS_PER_WAIT > start:
             _ask_for(
                 read_only(row_numbers[start:]),
                 blocks.addresses,
