@@ -406,6 +406,19 @@ def test_a_run_may_train_on_the_last_events_alone(dataset: PreparedDataset, tmp_
         tiny.build_trainer(few, dataset)
 
 
+def test_a_checkpoint_from_before_there_were_last_events_is_of_all(
+    dataset: PreparedDataset, tmp_path: Path
+) -> None:
+    trainer = tiny.build_trainer(tiny.experiment(dataset.url, str(tmp_path / "run")), dataset)
+    checkpoint = read_checkpoint(trainer.fit().checkpoint_url)
+    del checkpoint.config["data"]["train_events"]
+    trainer.restore(checkpoint, generation=None)
+    data = {"url": dataset.url, "batch_size": 16, "train_events": 64}
+    other = tiny.experiment(dataset.url, str(tmp_path / "other"), {"data": data})
+    with pytest.raises(CheckpointError, match=r"another data\.train_events"):
+        tiny.build_trainer(other, dataset).restore(checkpoint, generation=None)
+
+
 def test_a_deep_difference_is_named(dataset: PreparedDataset, tmp_path: Path) -> None:
     run_url = str(tmp_path / "run")
     with pytest.raises(Stopped):
