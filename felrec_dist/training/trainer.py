@@ -57,7 +57,7 @@ from felrec_dist.training.world import World
 # wait of the host for the device; there, steps are short.
 STEPS_BETWEEN_STOP_CHECKS = {"cpu": 1, "cuda": 10}
 # Checkpoints of this version may be older than these; then they were null.
-_LATER_KEYS = {"data.train_events"}
+_LATER_KEYS = {"data.train_events", "tables"}
 
 
 CHECKPOINT_TAKEN = "checkpoint/taken(unix s)"
@@ -664,10 +664,9 @@ def _check_equal(checkpoint: Checkpoint, config: ExperimentConfig, paths: Sequen
         then: Any = checkpoint.config
         now: Any = mine
         for key in path.split("."):
-<<<<<<< HEAD
-            # A key that came after the checkpoint was what its absence means now: null.
-            then, now = then.get(key), now[key]
-        # And a setting of a section had its default.
+            now = now[key]
+            then = then.get(key) if path in _LATER_KEYS else then[key]
+        # A setting that is newer than the checkpoint had its default then.
         if path == "model" and isinstance(config.model, ModelConfig):
             then = ModelConfig().model_dump(mode="json") | then
         elif path == "tables":
@@ -676,10 +675,6 @@ def _check_equal(checkpoint: Checkpoint, config: ExperimentConfig, paths: Sequen
             then = TrainingConfig().model_dump(mode="json") | then
             # When to end is no part of what is trained.
             then, now = ({k: v for k, v in d.items() if k != "patience"} for d in (then, now))
-=======
-            now = now[key]
-            then = then.get(key) if path in _LATER_KEYS else then[key]
->>>>>>> scale
         if then != now:
             raise CheckpointError(
                 f"the checkpoint was made with another {path}",
