@@ -72,8 +72,9 @@ def test_runs_to_its_test_table(data: Path, tmp_path: Path) -> None:
     # Counted once with a script of its own; popularity is no business of the model.
     assert rows["most popular"]["total"]["normalized_rank"] == pytest.approx(0.215, abs=0.005)
     events = pq.read_table(folder / "evaluation/test-causal.parquet")
-    columns = ["event_id", "partition", "rank", "hit", "reciprocal_rank", "ndcg", "full_hit"]
-    assert events.column_names == columns
+    interactions = ["user_interactions", "item_interactions"]
+    metrics = ["rank", "hit", "reciprocal_rank", "ndcg", "full_hit"]
+    assert events.column_names == ["event_id", "partition", *interactions, *metrics]
     assert events.num_rows == 10_000
     manifest = json.loads((folder / "checkpoints/epoch-0000/manifest.json").read_text())
     users = [part for part in manifest["cache_parts"] if part["table"] == "user"]
