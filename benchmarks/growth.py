@@ -121,6 +121,9 @@ def measure(few: int, many: int, spill: Spill | None, repeats: int) -> Report:
     growths = [*others, without_cache(large)]
     figures, ratios = [], []
     generator = np.random.default_rng(1)
+    for _ in range(repeats):
+        # Mapped rows get their place among the process's pages when they are first read.
+        large.fetch(generator)
     of_few, of_many = Times(), Times()
     for _ in range(repeats):
         of_few.add(lambda: small.fetch(generator))
