@@ -42,9 +42,7 @@ class TestReport:
         training_loss: mean total loss of the epoch that was tested.
         chance_loss: the total loss when all logits are equal; None where there is none.
         num_parameters: trained ones; the cache is none.
-        step_seconds: median of the training steps of the process that wrote this; None where it
-            trained none.
-        epoch_seconds: mean of its whole epochs without validation; None where there were none.
+        step_seconds, epoch_seconds: of ``TrainingCosts``, as the tested checkpoint has them.
         rows: metrics by partition of each model.
         occurrence: of each model, as ``occurrence_to_json`` gives it.
         popularity: of each model but ``random``, as ``Exposure.to_json`` gives it; empty without

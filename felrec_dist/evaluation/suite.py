@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -222,25 +222,14 @@ class Suite:
         return [job for job in self.jobs.values() if job.of is run]
 
     def comparison(self, table: SuiteTable) -> tuple[Comparison | None, list[str]]:
-        """The table of the rows that are done, None if none is; and the names of the others.
-
-        A test has the costs of the run it is of.
-        """
+        """The table of the rows that are done, None if none is; and the names of the others."""
         runs, missing = [], []
         for label, name in table.rows.items():
             job = self.jobs[name]
             if not job.is_done():
                 missing.append(label)
                 continue
-            report = job.report
-            if job.of is not None:
-                trained = job.of.report
-                report = replace(
-                    report,
-                    step_seconds=trained.step_seconds,
-                    epoch_seconds=trained.epoch_seconds,
-                )
-            runs.append(ReportedRun(job.url, label, report))
+            runs.append(ReportedRun(job.url, label, job.report))
         return (compare(runs) if runs else None), missing
 
 

@@ -12,11 +12,11 @@
                       epoch-0004-step-00000200/      after 200 training steps of the next epoch
 
 The manifest lists size and SHA-256 of each of these files and the parts of the snapshot, and holds
-the config, the digest of the data set, the position of the run, the metrics of all validations, and
-a SHA-256 of itself. Within an epoch a snapshot may hold only what was written since the cut before:
-then the manifest also names the parts of earlier checkpoints that it goes on from, and they stay as
-long as it does. Random states are not stored because there are none: dropout is a function of the
-event. Nothing is pickled.
+the config, the digest of the data set, the position of the run, the metrics of all validations, the
+time that training took, and a SHA-256 of itself. Within an epoch a snapshot may hold only what was
+written since the cut before: then the manifest also names the parts of earlier checkpoints that it
+goes on from, and they stay as long as it does. Random states are not stored because there are none:
+dropout is a function of the event. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from cache_server import SnapshotPart
 from felrec_dist.errors import CheckpointError, storage_errors
 from felrec_dist.section import Section
 from felrec_dist.storage import exists, json_sha256, write_whole
+from felrec_dist.training.clock import TrainingCosts
 
 FORMAT = "felrec-dist checkpoint"
 VERSION = 3
@@ -164,6 +165,7 @@ class Checkpoint:
         losses_nk: of the epoch's n steps so far, float64.
         chain: the cache.
         tables: the sharded tables; empty where there are none.
+        costs: of the training so far, of the process that took the checkpoint.
     """
 
     url: str
@@ -176,6 +178,7 @@ class Checkpoint:
     losses_nk: Tensor
     chain: SnapshotChain
     tables: tuple[TablePart, ...]
+    costs: TrainingCosts
 
     @property
     def cache_prefix(self) -> str:
@@ -228,12 +231,13 @@ class CheckpointStore:
         tensors: Mapping[str, Mapping[str, Tensor]],
         chain: SnapshotChain,
         tables: Sequence[TablePart],
+        costs: TrainingCosts,
     ) -> None:
         """Writes the dense state, then the manifest.
 
         Args:
             position: of ``begin``.
-            config, dataset_digest, validation, chain, tables: as in ``Checkpoint``.
+            config, dataset_digest, validation, chain, tables, costs: as in ``Checkpoint``.
             tensors: of ``model``, ``optimizer`` and ``losses``.
 
         Raises:
@@ -262,6 +266,7 @@ class CheckpointStore:
                 for part in chain.parts
             ],
             "tables": [asdict(part) for part in tables],
+            "costs": asdict(costs),
         }
         manifest["sha256"] = json_sha256(manifest)
         content = json.dumps(manifest, indent=1).encode()
@@ -346,6 +351,8 @@ def read_checkpoint(url: str, *, with_dense: bool = True) -> Checkpoint:
             losses_nk=dense["losses.safetensors"]["losses_nk"] if with_dense else torch.empty(0, 1),
             chain=_chain(manifest, url.rpartition("/")[2]),
             tables=tuple(_table_part(part) for part in manifest["tables"]),
+            # Checkpoints of before there were costs have none.
+            costs=TrainingCosts(**manifest.get("costs", {})),
         )
     except CheckpointError:
         raise

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 STEP_PHASES = ("wait", "rows", "encode", "backward", "exchange", "write_back", "score")
 LOADER_PHASES = ("data", "histories", "fetch")
@@ -36,6 +37,19 @@ class PhaseClock:
         return taken
 
 
+@dataclass(frozen=True)
+class TrainingCosts:
+    """Wall time of a training, as the process that trained it measured it.
+
+    Attributes:
+        step_seconds: median over the training steps; None where there were none.
+        epoch_seconds: mean over the whole epochs without validation; None where there were none.
+    """
+
+    step_seconds: float | None = None
+    epoch_seconds: float | None = None
+
+
 class TrainingTimes:
     """Seconds of the training steps and epochs of this process.
 
@@ -55,12 +69,9 @@ class TrainingTimes:
         """Takes a whole epoch's training, without its validation."""
         self._epochs.append(seconds)
 
-    @property
-    def step_seconds(self) -> float | None:
-        """Median over the steps; None where this process trained none."""
-        return statistics.median(self._steps) if self._steps else None
-
-    @property
-    def epoch_seconds(self) -> float | None:
-        """Mean over the whole epochs; None where this process trained none."""
-        return statistics.fmean(self._epochs) if self._epochs else None
+    def costs(self) -> TrainingCosts:
+        """Returns what the steps and epochs so far have cost."""
+        return TrainingCosts(
+            statistics.median(self._steps) if self._steps else None,
+            statistics.fmean(self._epochs) if self._epochs else None,
+        )

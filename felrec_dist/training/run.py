@@ -21,7 +21,7 @@ from felrec_dist.evaluation.free_baselines import most_popular, random_scores, r
 from felrec_dist.evaluation.report import TestReport, report_url, write_report
 from felrec_dist.evaluation.result import PartResult, occurrence_to_json
 from felrec_dist.training.checkpoint import read_checkpoint
-from felrec_dist.training.clock import TrainingTimes
+from felrec_dist.training.clock import TrainingCosts
 from felrec_dist.training.host_memory import keep_freed_memory
 from felrec_dist.training.trainer import Progress, RunResult, Trainer
 from felrec_dist.training.world import World
@@ -70,7 +70,7 @@ def run_training(
             training_loss=result.training_loss,
             chance_loss=result.chance_loss,
             num_parameters=trainer.recommender.num_parameters,
-            times=trainer.times,
+            costs=result.costs,
         )
     world.barrier()
     return result
@@ -111,7 +111,7 @@ def run_evaluation(
             training_loss=checkpoint.training_loss,
             chance_loss=trainer.chance_loss,
             num_parameters=trainer.recommender.num_parameters,
-            times=trainer.times,
+            costs=checkpoint.costs,
         )
     world.barrier()
     return result
@@ -128,7 +128,7 @@ def _write_report(
     training_loss: float,
     chance_loss: float | None,
     num_parameters: int,
-    times: TrainingTimes,
+    costs: TrainingCosts,
 ) -> None:
     evaluation = config.evaluation
     split, batch_size = dataset.split, config.data.batch_size
@@ -157,8 +157,8 @@ def _write_report(
         training_loss=training_loss,
         chance_loss=chance_loss,
         num_parameters=num_parameters,
-        step_seconds=times.step_seconds,
-        epoch_seconds=times.epoch_seconds,
+        step_seconds=costs.step_seconds,
+        epoch_seconds=costs.epoch_seconds,
         rows={name: part.metrics() for name, part in results.items()},
         occurrence={name: occurrence_to_json(p.occurrence()) for name, p in results.items()},
         popularity={

@@ -44,7 +44,7 @@ from felrec_dist.training.checkpoint import (
     TablePart,
     read_checkpoint,
 )
-from felrec_dist.training.clock import TrainingTimes
+from felrec_dist.training.clock import TrainingCosts, TrainingTimes
 from felrec_dist.training.config import TrainingConfig
 from felrec_dist.training.exchange import Exchange
 from felrec_dist.training.meter import EpochLosses, StepMeter
@@ -106,6 +106,7 @@ class RunResult:
         test: the test of the best epoch.
         training_loss: mean total loss of that epoch.
         chance_loss: the total loss when all logits are equal; None where there is no such value.
+        costs: of the training up to that epoch, of the process that trained it.
     """
 
     best: BestEpoch
@@ -114,6 +115,7 @@ class RunResult:
     test: PartResult
     training_loss: float
     chance_loss: float | None
+    costs: TrainingCosts
 
 
 class Trainer:
@@ -249,6 +251,7 @@ class Trainer:
             test=test,
             training_loss=checkpoint.training_loss,
             chance_loss=self.chance_loss,
+            costs=checkpoint.costs,
         )
 
     def _is_out_of_patience(self, epochs_done: int) -> bool:
@@ -510,6 +513,7 @@ class Trainer:
             },
             chain=chain,
             tables=tables,
+            costs=self.times.costs(),
         )
         self._chain = chain
 

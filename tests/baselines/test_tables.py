@@ -19,6 +19,7 @@ from felrec_dist.baselines.config import TablesConfig
 from felrec_dist.data.stream import slice_bounds
 from felrec_dist.errors import CheckpointError
 from felrec_dist.training.checkpoint import Checkpoint, RunPosition, SnapshotChain, TablePart
+from felrec_dist.training.clock import TrainingCosts
 from felrec_dist.training.weights import optimizer_state
 from felrec_dist.training.world import World
 from tests.ranks import run_on_ranks
@@ -127,6 +128,7 @@ def checkpoint_of(folder: Path, parts: list[TablePart]) -> Checkpoint:
         losses_nk=torch.empty(0, 1),
         chain=SnapshotChain((), 0),
         tables=tuple(parts),
+        costs=TrainingCosts(),
     )
 
 

@@ -133,23 +133,6 @@ def test_tables_hold_what_is_done(tmp_path: Path, suite: Suite) -> None:
     assert (table["title"], table["not_done"]) == ("Both", ["A"])
 
 
-def test_a_test_costs_what_its_run_did(tmp_path: Path) -> None:
-    value = tree(tmp_path)
-    value["tables"] = [{"title": "One", "rows": {"A": "a_training"}}]
-    suite = load_suite(write(tmp_path, value))
-    write_report(
-        suite.jobs["a"].url,
-        report("felrec-q", 0.3, 0.2, None, 0.25, step_seconds=0.5, epoch_seconds=60.0),
-    )
-    no_costs = report("felrec-q", 0.3, 0.2, None, 0.25, step_seconds=None, epoch_seconds=None)
-    write_report(suite.jobs["a_training"].url, no_costs)
-    suite.jobs["a_training"].leave_note(1.0)
-    comparison, missing = suite.comparison(suite.config.tables[0])
-    assert comparison is not None
-    assert not missing
-    assert (comparison.rows[0].step_seconds, comparison.rows[0].epoch_seconds) == (0.5, 60.0)
-
-
 @pytest.mark.parametrize(
     ("path", "wrong", "words"),
     [

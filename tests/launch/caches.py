@@ -15,6 +15,7 @@ from felrec_dist.training.checkpoint import (
     RunPosition,
     SnapshotChain,
 )
+from felrec_dist.training.clock import TrainingCosts
 
 NUM_USERS, NUM_ITEMS = 5_000, 700
 CHANGED = 4_321
@@ -57,5 +58,6 @@ def save(client: CacheClient, config: ExperimentConfig, epoch: int = 0) -> str:
             position.next_position,
         ),
         tables=[],
+        costs=TrainingCosts(),
     )
     return url

@@ -31,6 +31,7 @@ from felrec_dist.training.checkpoint import (
     SnapshotChain,
     read_checkpoint,
 )
+from felrec_dist.training.clock import TrainingCosts
 
 WIDTH = 5
 TABLES = {side: TableSpec(width=WIDTH, storage="float32") for side in ("user", "item")}
@@ -41,6 +42,7 @@ MODEL = {
     "bfloat16": torch.tensor([1.5, -2.0], dtype=torch.bfloat16),
 }
 OPTIMIZER = {"encoder.weight:momentum_buffer": torch.full((4, 3), 0.1, dtype=torch.float64)}
+COSTS = TrainingCosts(step_seconds=0.5, epoch_seconds=60.0)
 LOSSES = torch.tensor([[3.0, 4.0], [5.0, 8.0]], dtype=torch.float64)
 VALIDATION = [{"total": {"rank": 0.25}}]
 
@@ -99,6 +101,7 @@ def commit(store: CheckpointStore, at: RunPosition, chain: SnapshotChain, seed: 
         },
         chain=chain,
         tables=[],
+        costs=COSTS,
     )
 
 
@@ -116,6 +119,7 @@ def assert_whole(checkpoint: Checkpoint, epoch: int, seed: int = 0) -> None:
     assert checkpoint.validation == VALIDATION
     assert torch.equal(checkpoint.losses_nk, LOSSES)
     assert checkpoint.training_loss == 10.0
+    assert checkpoint.costs == COSTS
     assert checkpoint.model.keys() == {*MODEL, "seed"}
     assert checkpoint.model["seed"] == seed
     for found, expected in ((checkpoint.model, MODEL), (checkpoint.optimizer, OPTIMIZER)):
@@ -447,6 +451,12 @@ def test_another_manifest(
     rewrite(url, change, with_digest=True)
     with pytest.raises(CheckpointError, match=message):
         read_checkpoint(url)
+
+
+def test_a_checkpoint_of_before_there_were_costs_is_read(tmp_path: Path) -> None:
+    url = save(CheckpointStore(str(tmp_path)), 0)
+    rewrite(url, lambda m: m.pop("costs"), with_digest=True)
+    assert read_checkpoint(url).costs == TrainingCosts(None, None)
 
 
 def test_a_manifest_that_was_edited_is_refused(tmp_path: Path) -> None:

@@ -12,7 +12,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from felrec_dist.data.dataset import PreparedDataset
 from felrec_dist.evaluation.result import Metrics
-from felrec_dist.training.clock import LOADER_PHASES, STEP_PHASES, PhaseClock, TrainingTimes
+from felrec_dist.training.clock import (
+    LOADER_PHASES,
+    STEP_PHASES,
+    PhaseClock,
+    TrainingCosts,
+    TrainingTimes,
+)
 from felrec_dist.training.metrics import RunLog
 from felrec_dist.training.trainer import CHECKPOINT_TAKEN, NoProgress
 from tests import tiny
@@ -220,15 +226,15 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
 
 def test_the_median_step_and_the_mean_epoch() -> None:
     times = TrainingTimes()
-    assert (times.step_seconds, times.epoch_seconds) == (None, None)
+    assert times.costs() == TrainingCosts(None, None)
     times.add_steps(4, 2.0)
     times.add_steps(1, 3.0)
-    assert (times.step_seconds, times.epoch_seconds) == (0.5, None)
+    assert times.costs() == TrainingCosts(0.5, None)
     times.add_steps(5, 5.0)
-    assert times.step_seconds == 1.0
+    assert times.costs().step_seconds == 1.0
     times.add_epoch(2.0)
     times.add_epoch(3.0)
-    assert times.epoch_seconds == 2.5
+    assert times.costs().epoch_seconds == 2.5
 
 
 def test_the_clock_gives_each_phase_its_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
