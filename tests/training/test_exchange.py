@@ -41,8 +41,8 @@ def gather_on_this_rank() -> list[list[npt.NDArray[np.float64]]]:
     traffic = [exchange.take_gathered_bytes(), exchange.take_gathered_bytes()]
     if world.world_size > 1:
         order = np.random.default_rng(0).permutation(12)
-        mine = order[slice(*slice_bounds(12, world.rank, world.world_size))]
-        parts = [whole(12, width)[torch.from_numpy(mine)] for width in WIDTHS]
+        dealt = order[slice(*slice_bounds(12, world.rank, world.world_size))]
+        parts = [whole(12, width)[torch.from_numpy(dealt)] for width in WIDTHS]
         for part, width in zip(exchange.gather_batch(parts, 12, order), WIDTHS, strict=True):
             assert torch.equal(part, whole(12, width)), "in event order, however dealt"
     moved_here = CacheTraffic(
