@@ -1,4 +1,6 @@
-"""What stands before a step: cutting histories, finding their rows, and the loader as a whole."""
+"""What the host does for a step: cutting histories, finding their rows, the loader as a whole, and
+finding the places of the rows that a batch of many ranks writes back.
+"""
 
 from __future__ import annotations
 
@@ -17,16 +19,20 @@ from felrec_dist.data.histories import HistoryReader
 from felrec_dist.data.stream import EventStream
 from felrec_dist.model.encoder import EncoderConfig
 from felrec_dist.training.clock import LOADER_PHASES, PhaseClock
+from felrec_dist.training.hot_tier import HotTier
 from felrec_dist.training.loader import BatchLoader
+from felrec_dist.training.representations import last_events
 from felrec_dist.training.world import World
 
-OURS, REFERENCE = "ours", "NumPy and np.unique"
+OURS, REFERENCE, DICT = "ours", "NumPy and np.unique", "np.unique and a Python dict"
 BATCH_SIZE = 1024
+# Of 64 ranks with 1,024 events each; every rank takes all of its rows into its hot tier.
+WIDE_BATCH, WIDE_IDS = 65_536, 1_000_000
 
 
 def run(quick: bool, device: torch.device) -> list[Report]:
     """MovieLens-100K, whose histories are long; everything is in the hot tier."""
-    return [measure(workload("MovieLens-100K"), 4 if quick else 32, device)]
+    return [measure(workload("MovieLens-100K"), 4 if quick else 32, device), write_back()]
 
 
 def measure(work: Workload, num_batches: int, device: torch.device) -> Report:
@@ -88,6 +94,39 @@ def measure(work: Workload, num_batches: int, device: torch.device) -> Report:
     figures.append(Figure("loader without training", OURS, events_per_s, "events/s"))
     setting = {"data": work.name, "B": BATCH_SIZE, "N": length, "sides": 2}
     return Report("loader", setting, figures, ratios)
+
+
+def write_back() -> Report:
+    """The ids of a side of a wide batch: the last event of each, and its slot in the hot tier."""
+    generator = np.random.default_rng(0)
+    ids = generator.integers(-(2**63), 2**63 - 1, WIDE_IDS)
+    # Rows of one number: to copy wider ones is the device's work.
+    tier = HotTier(1, WIDE_IDS, dtype=torch.float32, device=torch.device("cpu"))
+    tier.write(0, np.unique(ids), torch.zeros(len(np.unique(ids)), 1))
+    batches = [generator.choice(ids, WIDE_BATCH) for _ in range(8)]
+    rows = torch.zeros(WIDE_BATCH, 1)
+    of_dict = {id_: slot for slot, id_ in enumerate(ids.tolist())}
+    turns = iter(range(10**9))
+
+    def ours() -> None:
+        step = next(turns) + 1
+        ids_B = batches[step % len(batches)]
+        ids_M = ids_B[last_events(ids_B)]
+        tier.write(step, ids_M, rows[: len(ids_M)])
+
+    def reference() -> None:
+        ids_B = batches[next(turns) % len(batches)]
+        for id_ in np.unique(ids_B[::-1], return_index=True)[0].tolist():
+            of_dict[id_]
+
+    seconds = alternate({OURS: ours, DICT: reference})
+    case = "places of a wide batch's rows"
+    return Report(
+        "loader",
+        {"B": WIDE_BATCH, "ids": f"{WIDE_IDS:,}", "sides": 1},
+        [Figure(case, side, 1e9 * s / WIDE_BATCH, "ns/event") for side, s in seconds.items()],
+        [Ratio(case, DICT, seconds[DICT] / seconds[OURS], "times faster")],
+    )
 
 
 def _numpy_history(

@@ -164,7 +164,7 @@ class SeededRows:
         }
         zeros = np.zeros(num_events, np.int64)
         batch = EventBatch(
-            first_position=0,
+            position=zeros,
             event_id=zeros,
             user=self.users[chosen[USER]],
             item=self.items[chosen[ITEM]],

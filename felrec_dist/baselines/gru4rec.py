@@ -210,7 +210,7 @@ class GRU4RecTraining(BaselineTraining[SessionBatch]):
         is_new_M = np.zeros(len(users), dtype=np.bool_)
         is_new_M[slots[is_first]] = True
         versions_M = np.empty(len(users), dtype=np.int64)
-        versions_M[np.searchsorted(users, batch.user_index[last_M])] = batch.positions[last_M]
+        versions_M[np.searchsorted(users, batch.user_index[last_M])] = batch.position[last_M]
         output_eD = self._go_on(
             step,
             users,

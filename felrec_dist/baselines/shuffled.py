@@ -76,7 +76,7 @@ class ShuffledEvents:
         kept = []
         for batch, _ in EventStream(dataset, span, _READ_EVENTS).batches():
             chosen = np.flatnonzero(batch.user_length >= min_history)
-            kept.append((batch.positions[chosen] - span.start).astype(np.int32))
+            kept.append((batch.position[chosen] - span.start).astype(np.int32))
             for name, parts in columns.items():
                 dtype = np.int64 if name == "user_offset" else np.int32
                 parts.append(getattr(batch, name)[chosen].astype(dtype))

@@ -300,10 +300,9 @@ class BaselineTraining(ABC, Generic[Batch]):
     def _check_finite(self, user_BD: Tensor, batch: EventBatch) -> None:
         """Nothing scores above a NaN: such an event would count as ranked perfectly."""
         if not user_BD.isfinite().all():
-            last = batch.first_position + len(batch) - 1
             raise TrainingError(
                 "a user's vector is not finite in evaluation",
-                where=f"events at positions {batch.first_position} to {last}",
+                where=batch.span,
                 expected="finite numbers only",
                 remedy="lower training.schedule.base_lr and go back to the last checkpoint",
             )

@@ -217,7 +217,7 @@ class Arrangement:
         stream = EventStream(dataset, Span(0, dataset.num_events), SCAN_EVENTS)
         for batch, position in stream.batches():
             arrays = {name: getattr(batch, name) for name in columns if name != "position"}
-            table = pa.table({"position": batch.positions, **arrays})
+            table = pa.table({"position": batch.position, **arrays})
             self.connection.register("scanned", table)
             self.connection.execute(
                 f"INSERT INTO old_events SELECT {', '.join(columns)} FROM scanned "

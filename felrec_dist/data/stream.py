@@ -1,7 +1,8 @@
 """Events as global batches in time order, each with the position to resume from.
 
-Every rank cuts the same global batches and takes its slice (:func:`slice_bounds`). Nothing is
-shuffled: the order is part of the contract, and a resumed stream gives bit-identical batches.
+Every rank cuts the same global batches and takes its share (:func:`slice_bounds`, :func:`deal`).
+Nothing is shuffled: the order is part of the contract, and a resumed stream gives bit-identical
+batches.
 """
 
 from __future__ import annotations
@@ -40,10 +41,10 @@ class StreamPosition:
 
 @dataclass(frozen=True)
 class EventBatch:
-    """B events that follow one another in the total order; every array is (B,) int64.
+    """B events; every array is (B,) int64. A stream's follow one another in the total order.
 
     Attributes:
-        first_position: position of the first event.
+        position: in the total order.
         event_id: row number in the raw input.
         user, item: keys.
         timestamp: microseconds since 1970-01-01 UTC.
@@ -54,7 +55,7 @@ class EventBatch:
         user_index, item_index: row in the catalogue, the dense number in order of first appearance.
     """
 
-    first_position: int
+    position: Int64s
     event_id: Int64s
     user: Int64s
     item: Int64s
@@ -67,7 +68,7 @@ class EventBatch:
     item_index: Int64s
 
     def __post_init__(self) -> None:
-        for name in EVENT_COLUMNS:
+        for name in _COLUMNS:
             array = getattr(self, name)
             if array.dtype != np.int64 or array.shape != (len(self.event_id),):
                 raise DatasetError(
@@ -81,9 +82,9 @@ class EventBatch:
         return len(self.event_id)
 
     @property
-    def positions(self) -> Int64s:
-        """(B,) int64: the position of each event in the total order."""
-        return np.arange(self.first_position, self.first_position + len(self), dtype=np.int64)
+    def span(self) -> str:
+        """For messages: where a stream's batch lies."""
+        return f"events at positions {self.position[0]} to {self.position[-1]}"
 
     def slice(self, start: int, stop: int) -> EventBatch:
         """The events start to stop - 1 of this batch, as views."""
@@ -93,8 +94,14 @@ class EventBatch:
                 got=f"[{start}, {stop})",
                 expected=f"within [0, {len(self)})",
             )
-        columns = {name: getattr(self, name)[start:stop] for name in EVENT_COLUMNS}
-        return EventBatch(first_position=self.first_position + start, **columns)
+        return EventBatch(**{name: getattr(self, name)[start:stop] for name in _COLUMNS})
+
+    def take(self, chosen: Int64s) -> EventBatch:
+        """The events of these rows of the batch, as copies."""
+        return EventBatch(**{name: getattr(self, name)[chosen] for name in _COLUMNS})
+
+
+_COLUMNS = ("position", *EVENT_COLUMNS)
 
 
 def slice_bounds(num_events: int, rank: int, world_size: int) -> tuple[int, int]:
@@ -108,6 +115,33 @@ def slice_bounds(num_events: int, rank: int, world_size: int) -> tuple[int, int]
             "There is no such rank.", got=rank, expected=f"0 to {world_size - 1} (world size)"
         )
     return rank * num_events // world_size, (rank + 1) * num_events // world_size
+
+
+def deal(work_B: Int64s, world_size: int) -> Int64s | None:
+    """An order of a batch's events in which the slices of the ranks have about the same work.
+
+    Events are dealt from the heaviest to the lightest, in turn to the first rank and to the last
+    one first. A step lasts as long as its slowest rank, and time-ordered events are alike: slices
+    of consecutive ones differ.
+
+    Args:
+        work_B: what each event costs.
+        world_size: W.
+
+    Returns:
+        (B,) int64: the slice of rank r are the events that stand in ``slice_bounds`` of it. None
+        for the batch's own order: where all events cost the same, and in a last batch that is
+        not a multiple of W.
+    """
+    if world_size == 1 or len(work_B) % world_size or work_B.size == 0:
+        return None
+    if work_B.min() == work_B.max():
+        return None
+    # Sixteen bits are sorted by counting.
+    lightness_B = -np.minimum(work_B, np.iinfo(np.int16).max).astype(np.int16)
+    rounds = np.argsort(lightness_B, kind="stable").reshape(-1, world_size)
+    rounds[1::2] = rounds[1::2, ::-1].copy()
+    return rounds.T.reshape(-1)
 
 
 def whole_batches(span: Span, batch_size: int) -> Span:
@@ -180,7 +214,7 @@ class EventStream:
                         name: np.concatenate([piece[name] for piece in pending])
                         for name in EVENT_COLUMNS
                     }
-                    batch = EventBatch(first_position=first, **columns)
+                    batch = EventBatch(position=np.arange(first, first + num_pending), **columns)
                     first += num_pending
                     pending, num_pending = [], 0
                     yield batch, StreamPosition(first)

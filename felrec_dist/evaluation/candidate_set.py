@@ -146,7 +146,7 @@ class CandidateSets:
         targets_B: Int64s,
         with_replacement: bool,
     ) -> Int64s:
-        generator = batch_generator(self.config.seed, batch.first_position)
+        generator = batch_generator(self.config.seed, int(batch.position[0]))
         num_negatives = self.config.num_negatives
         if with_replacement:
             return draw_with_replacement(generator, num_items, len(batch), num_negatives)

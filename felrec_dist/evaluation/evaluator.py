@@ -297,13 +297,14 @@ class Evaluator:
         with self.clock("encode"):
             representations = self.model.represent(inputs)
         with self.clock("exchange"):
-            user_BD, item_BD = self.exchange.gather_batch(representations, len(batch))
+            user_BD, item_BD = self.exchange.gather_batch(
+                representations, len(batch), loaded.order_B
+            )
         # Nothing scores above a NaN: such an event would count as ranked perfectly.
         if not bool(user_BD.isfinite().all() & item_BD.isfinite().all()):
-            last = batch.first_position + len(batch) - 1
             raise TrainingError(
                 "a representation is not finite in evaluation",
-                where=f"events at positions {batch.first_position} to {last}",
+                where=batch.span,
                 expected="finite numbers only",
                 remedy="lower training.schedule.base_lr and go back to the last checkpoint",
             )

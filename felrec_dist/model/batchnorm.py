@@ -1,6 +1,6 @@
 """Batch normalisation over the whole batch, on every backend.
 
-Each rank holds a contiguous slice of the batch; mean and variance are those of all B rows, so that
+Each rank holds a slice of the batch; mean and variance are those of all B rows, so that
 the result does not depend on the number of ranks. ``torch.nn.SyncBatchNorm`` refuses CPU tensors,
 and sums of squares lose digits: this gathers mean, sum of squared deviations and count of each rank
 and merges them in rank order (Chan, Golub & LeVeque, 1979), which gives every rank the same bits.

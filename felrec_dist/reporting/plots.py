@@ -1,7 +1,6 @@
 """Every figure of a report, as SVG that stands inside a page.
 
-Colours are those of Okabe and Ito, which colour-blind people tell apart; markers and dashes differ,
-too, for print. Text stays text, so that it can be searched and read aloud.
+Runs differ in colour, marker and dash: for the colour-blind, and for print.
 """
 
 from __future__ import annotations
@@ -19,14 +18,12 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from felrec_dist.plot_style import COLOURS, MARKERS, RC_PARAMS
 from felrec_dist.reporting.cold_start import Bucket
 from felrec_dist.reporting.curves import Curve
 from felrec_dist.reporting.representations import Map, Similarities
 from felrec_dist.reporting.statistics import DatasetStatistics
 
-# Without its yellow, which is hard to see on white.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = "osD^vP*X"
 DASHES = ("-", "--", "-.", ":")
 HATCHES = ("", "//", "..", "xx", "\\\\", "++", "--")
 
@@ -35,21 +32,6 @@ _WIDTH_INCHES = 4.6
 _HEIGHT_INCHES = 3.1
 _LINE_INCHES = 0.2
 _MAX_POINTS = 250
-_LOOK: Mapping[str, Any] = {
-    "svg.fonttype": "none",
-    "font.family": "sans-serif",
-    "font.size": 10.0,
-    "axes.titlesize": 10.0,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#dddddd",
-    "grid.linewidth": 0.6,
-    "lines.linewidth": 1.6,
-    "lines.markersize": 4.5,
-    "legend.frameon": False,
-    "legend.fontsize": 9.0,
-}
 
 
 @dataclass(frozen=True)
@@ -101,7 +83,7 @@ class Drawing:
         height_inches: float = _HEIGHT_INCHES,
     ) -> None:
         self.name, self.title, self.caption = name, title, caption
-        with mpl.rc_context(dict(_LOOK)):
+        with mpl.rc_context(dict(RC_PARAMS)):
             self.figure = Figure((_WIDTH_INCHES, height_inches), layout="constrained")
             self.axes = self.figure.add_subplot()
         self.axes.set_xlabel(x_label)
@@ -114,11 +96,11 @@ class Drawing:
         columns = 1 if max(map(len, labels), default=0) > 24 else 2
         num_lines = -(-len(labels) // columns)
         self.figure.set_figheight(self.figure.get_figheight() + _LINE_INCHES * (num_lines - 1))
-        with mpl.rc_context(dict(_LOOK)):
+        with mpl.rc_context(dict(RC_PARAMS)):
             self.figure.legend(handles, labels, loc="outside lower center", ncols=columns)
 
     def colour_bar(self, drawn: Any, label: str) -> None:
-        with mpl.rc_context(dict(_LOOK)):
+        with mpl.rc_context(dict(RC_PARAMS)):
             self.figure.colorbar(drawn, ax=self.axes, label=label, shrink=0.9)
 
     def plot(self) -> Plot:
@@ -127,7 +109,7 @@ class Drawing:
     def _svg(self) -> str:
         content = io.BytesIO()
         # A salt of its own: two figures of a page must not share an id, nor two runs of this differ
-        with mpl.rc_context({**_LOOK, "svg.hashsalt": self.name}):
+        with mpl.rc_context({**RC_PARAMS, "svg.hashsalt": self.name}):
             FigureCanvasSVG(self.figure).print_svg(content, metadata={"Date": None})
         text = content.getvalue().decode()
         text = re.sub(r"\s*<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.S)

@@ -6,8 +6,9 @@ each of them, of which m = miss(hot rows / rows of the cache) * u come from the 
 of threads work beside each other, and the slowest sets the pace (seconds)::
 
     trainer    compute        step + b * event
-               hot tier       u * row, and B * write_back_event: every rank sees all write-backs
-               collectives    3 log2(W) * latency + (W - 1) / W * (B * g + 2 * G) / bandwidth
+               hot tier       u * row, and write_back_step + B * write_back_event: every rank sees
+                              all write-backs
+               collectives    7 log2(W) * latency + (W - 1) / W * (B * g + 2 * G) / bandwidth
     loader     reading        B * read_event: every rank cuts the same batches; b * history_event
                finding rows   u * plan_row, in the hot tier's index
                fetch          call + S * message + m * row_bytes / fetch_bandwidth
@@ -18,7 +19,9 @@ of threads work beside each other, and the slowest sets the pace (seconds)::
     step = the largest of these five
 
 g is what an event adds to the all-gather of representations and projections, G the gradient: a
-collective takes log2(W) rounds and moves (W - 1) / W of its bytes, an all-reduce both twice. The
+collective takes log2(W) rounds and moves (W - 1) / W of its bytes, an all-reduce both twice; beside
+these two, FELRec-Q's heads gather the statistics of two BatchNorms, forward and backward. What they
+cost is what steps of several workers take longer than their slice does on one. The
 processors count because a shard, a loader or another worker may share a core with the trainer.
 
 Memory: rows * cache_row_bytes / nodes; shards are spread over the nodes. A checkpoint: the shards
@@ -42,7 +45,7 @@ from felrec_dist.studies.figures import CellFigures
 from felrec_dist.training.hot_tier import SMALLEST_RESERVE
 
 NUM_SIDES = 2
-COLLECTIVES_A_STEP = 3  # an all-gather, and an all-reduce that counts twice
+COLLECTIVES_A_STEP = 7  # an all-gather, an all-reduce that counts twice, four of BatchNorms
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class Constants:
     Attributes:
         compute_step_s, compute_event_s: encode, backward and optimizer.
         hot_row_s: to bring a distinct row to the encoder.
-        write_back_event_s: to take an event's rows into the hot tier.
+        write_back_step_s, write_back_event_s: to take a batch's rows into the hot tier.
         read_event_s: to read an event of the batch.
         history_event_s: to cut the histories of an event of the slice.
         plan_row_s: to look for a distinct row in the hot tier.
@@ -66,6 +69,7 @@ class Constants:
     compute_step_s: float
     compute_event_s: float
     hot_row_s: float
+    write_back_step_s: float
     write_back_event_s: float
     read_event_s: float
     history_event_s: float
@@ -208,7 +212,8 @@ class CostModel:
         trainer = {
             "compute": c.compute_step_s + slice_events * c.compute_event_s,
             "reading the hot tier": read_rows * c.hot_row_s,
-            "writing the batch to the hot tier": layout.batch_size * c.write_back_event_s,
+            "writing the batch to the hot tier": c.write_back_step_s
+            + layout.batch_size * c.write_back_event_s,
         }
         collectives = (
             COLLECTIVES_A_STEP * rounds * c.latency_s + between * moved_bytes * c.network_byte_s
@@ -287,7 +292,9 @@ def calibrate(cells: Sequence[CellFigures]) -> CostModel:
         ]
     )
     [hot_row_s] = _fit([(cell.phase_s["rows"], _read_rows(cell)) for cell in alone])
-    [write_back_event_s] = _fit([(cell.phase_s["write_back"], cell.batch_size) for cell in alone])
+    write_back_step_s, write_back_event_s = _fit(
+        [(cell.phase_s["write_back"], 1.0, cell.batch_size) for cell in alone]
+    )
     [read_event_s] = _fit([(cell.loader_s["data"], cell.batch_size) for cell in alone])
     [history_event_s] = _fit([(cell.loader_s["histories"], cell.slice_events) for cell in alone])
     [plan_row_s] = _fit(
@@ -309,9 +316,18 @@ def calibrate(cells: Sequence[CellFigures]) -> CostModel:
     latency_s, network_byte_s = _fit(
         [
             (
-                cell.phase_s["exchange"],
-                math.log2(cell.num_workers),
-                cell.gathered_bytes / cell.num_workers,
+                # Most of them wait within the encoder's passes.
+                cell.phase_s["exchange"]
+                + max(
+                    0.0,
+                    cell.phase_s["encode"]
+                    + cell.phase_s["backward"]
+                    - compute_step_s
+                    - cell.slice_events * compute_event_s,
+                ),
+                COLLECTIVES_A_STEP * math.log2(cell.num_workers),
+                cell.gathered_bytes / cell.num_workers
+                + 2 * (cell.num_workers - 1) / cell.num_workers * cell.gradient_bytes,
             )
             for cell in together
         ]
@@ -327,6 +343,7 @@ def calibrate(cells: Sequence[CellFigures]) -> CostModel:
         compute_step_s=compute_step_s,
         compute_event_s=compute_event_s,
         hot_row_s=hot_row_s,
+        write_back_step_s=write_back_step_s,
         write_back_event_s=write_back_event_s,
         read_event_s=read_event_s,
         history_event_s=history_event_s,

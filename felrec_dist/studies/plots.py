@@ -1,4 +1,4 @@
-"""The plots of a study, as SVG: matplotlib is imported here and nowhere else.
+"""The plots of a study, as SVG: of studies, only this imports matplotlib.
 
 A line joins cells that differ in the setting on the x axis alone.
 """
@@ -13,26 +13,13 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.ticker import StrMethodFormatter
 
+from felrec_dist.plot_style import COLOURS, MARKERS, RC_PARAMS
 from felrec_dist.studies.config import SYNTHETIC, short_names
 from felrec_dist.studies.figures import CellFigures
 from felrec_dist.studies.outcome import CellOutcome, Outlook, StudyOutcome
 
 WORKERS, BATCH = "cluster.num_workers", "data.batch_size"
 EVENTS = (f"{SYNTHETIC}.num_events", "data.train_events")
-# Okabe and Ito: told apart by everybody; and each line has a marker of its own.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = "osD^vPX"
-STYLE: dict[Any, Any] = {
-    "svg.hashsalt": "felrec",
-    "svg.fonttype": "none",
-    "font.size": 10,
-    "axes.grid": True,
-    "grid.alpha": 0.3,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
-    "legend.fontsize": 8,
-}
 Line = tuple[str, list[tuple[float, CellFigures]]]
 
 
@@ -237,7 +224,7 @@ def _style(number: int) -> dict[str, Any]:
 
 
 def _to_svg(plot: Callable[[Any], None]) -> bytes:
-    with mpl.rc_context(STYLE):
+    with mpl.rc_context({**RC_PARAMS, "svg.hashsalt": "felrec"}):
         figure = Figure(figsize=(6.4, 4.0), layout="constrained")
         axes = figure.subplots()
         plot(axes)

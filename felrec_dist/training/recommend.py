@@ -138,7 +138,8 @@ def _last_events(dataset: PreparedDataset, position: int, progress: Progress) ->
         progress.advance(len(batch), {})
     columns = {name: np.zeros(dataset.num_users, dtype=np.int64) for name in EVENT_COLUMNS}
     columns |= {"user": dataset.users.ids, "user_index": np.arange(dataset.num_users)}
-    return EventBatch(0, **{**columns, "user_offset": offset, "user_length": length})
+    columns |= {"user_offset": offset, "user_length": length}
+    return EventBatch(position=np.zeros_like(offset), **columns)
 
 
 def _asked(
@@ -157,7 +158,7 @@ def _asked(
         if unknown and not request.skip_unknown:
             raise _unknown(unknown, dataset.url, "of the data set")
         chosen = chosen[chosen >= 0]
-    batch = _take(last, chosen)
+    batch = last.take(chosen)
     is_known = batch.user_length >= 0
     return replace(
         batch,
@@ -196,10 +197,6 @@ def _rows_of(catalogue: Catalogue, users: Sequence[str]) -> Int64s:
         return np.asarray(rows.fill_null(-1).to_numpy(zero_copy_only=False), dtype=np.int64)
     row_of = {str(key): row for row, key in enumerate(catalogue.ids.tolist())}
     return np.array([row_of.get(text, -1) for text in users], dtype=np.int64)
-
-
-def _take(batch: EventBatch, rows: Int64s) -> EventBatch:
-    return EventBatch(0, **{name: getattr(batch, name)[rows] for name in EVENT_COLUMNS})
 
 
 class _SeenItems:

@@ -12,10 +12,12 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 import torch
+from numba import njit
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from cache_server import CacheClient, CacheCounters, FetchedRows, Spill, TableSpec
+from cache_server.hashing import mix, read_only, shard_of
 from cache_server.shard import DEFAULT_BLOCK_ROWS
 from felrec_dist.data.histories import Histories
 from felrec_dist.data.stream import EventBatch
@@ -298,12 +300,23 @@ class Representations:
         writes = {}
         for side, ids_B in ((USER, batch.user), (ITEM, batch.item)):
             last_M = last_events(ids_B)
-            chosen_M = self._to_device(last_M)
-            self.tiers[side].write(step, ids_B[last_M], rounded[side].index_select(0, chosen_M))
-            rows_MD = stored[side].index_select(0, chosen_M)
-            writes[side] = RowWrite(ids_B[last_M], batch.positions[last_M], rows_MD)
+            rounded_MD = rounded[side].index_select(0, self._to_device(last_M))
+            self.tiers[side].write(step, ids_B[last_M], rounded_MD)
+            mine_M = last_M[self._is_written_here(ids_B[last_M])]
+            # Of many ranks each sends a small part: the others' rows need not leave the device.
+            rows_MD = (
+                rounded_MD
+                if len(mine_M) == len(last_M) and self.storage == self.dtype
+                else stored[side].index_select(0, self._to_device(mine_M))
+            )
+            writes[side] = RowWrite(ids_B[mine_M], batch.position[mine_M], rows_MD)
         self._writer.write(step, writes)
         return rounded[USER], rounded[ITEM]
+
+    def _is_written_here(self, ids_M: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        is_written_S = np.zeros(self.client.num_shards, dtype=np.bool_)
+        is_written_S[list(self.written_shards)] = True
+        return is_written_S[shard_of(ids_M, self.client.num_shards)]
 
     def _identity(self, side: str, ids_M: npt.NDArray[np.int64]) -> Tensor:
         width = self.client.tables[side].width
@@ -323,5 +336,25 @@ class Representations:
 
 def last_events(ids_B: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """Returns the index of the last occurrence of each distinct id, in increasing order."""
-    _, first_from_behind = np.unique(ids_B[::-1], return_index=True)
-    return np.sort(len(ids_B) - 1 - first_from_behind).astype(np.int64)
+    return _last_events(read_only(ids_B))
+
+
+@njit(nogil=True, cache=True)
+def _last_events(ids_B):  # type: ignore[no-untyped-def]  # compiled
+    # One pass from behind with a hash table of those seen, at most half full: 0 or index + 1.
+    num_places = 2
+    while num_places < 2 * ids_B.size:
+        num_places *= 2
+    mask = num_places - 1
+    places = np.zeros(num_places, np.int32)
+    last_M = np.empty(ids_B.size, np.int64)
+    first = ids_B.size
+    for i in range(ids_B.size - 1, -1, -1):
+        place = np.int64(mix(ids_B[i])) & mask
+        while places[place] != 0 and ids_B[places[place] - 1] != ids_B[i]:
+            place = (place + 1) & mask
+        if places[place] == 0:
+            places[place] = i + 1
+            first -= 1
+            last_M[first] = i
+    return last_M[first:]

@@ -52,10 +52,10 @@ class TrainingStep:
         with self.clock("rows"):
             inputs = self.representations.take(loaded.rows)
         with self.clock("encode"):
-            keys_2B = dropout_keys(self.seed, epoch, mine.positions).to(self.world.device)
+            keys_2B = dropout_keys(self.seed, epoch, mine.position).to(self.world.device)
             output = self.forward(replace(inputs, dropout_keys_2B=keys_2B))
         with self.clock("exchange"):
-            gathered = self.exchange.begin_gather(output.exchanged(), len(batch))
+            gathered = self.exchange.begin_gather(output.exchanged(), len(batch), loaded.order_B)
         with self.clock("backward"):
             self.optimizer.zero_grad()
             output.loss.backward()

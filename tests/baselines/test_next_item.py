@@ -40,7 +40,7 @@ def test_windows_are_what_a_loop_over_events_finds(dataset: PreparedDataset) -> 
     num_left_out = 0
     for batch, _ in EventStream(dataset, Span(0, dataset.num_events), 37).batches():
         windows = reader.read(batch.user_offset, batch.user_length)
-        for row, position in enumerate(batch.positions):
+        for row, position in enumerate(batch.position):
             length = windows.lengths_B[row]
             assert windows.items_BN[row, :length].tolist() == expected[position]
             assert not windows.items_BN[row, length:].any()

@@ -127,7 +127,7 @@ def test_many_appends_keep_every_old_file_and_every_history(tmp_path: Path) -> N
     users, items = found.users.ids.tolist(), found.items.ids.tolist()
     for batch, _ in EventStream(found, Span(0, 230), 33).batches():
         of_users, of_items = reader.read(batch)
-        there = slice(batch.first_position, batch.first_position + len(batch))
+        there = slice(batch.position[0], batch.position[0] + len(batch))
         assert listed(of_users, raw_ids(found.items), items) == [
             history[:4] for history in truth.user_histories[there]
         ]

@@ -62,7 +62,7 @@ def test_histories_do_not_depend_on_the_batch(
             reader.read(batch), (truth.user_histories, truth.item_histories), strict=True
         ):
             assert histories.ids_BN.shape == (len(batch), history_length)
-            for row, position in enumerate(batch.positions):
+            for row, position in enumerate(batch.position):
                 length = histories.lengths_B[row]
                 assert length == min(len(expected[position]), history_length)
                 ids = histories.ids_BN[row].tolist()

@@ -16,6 +16,7 @@ from felrec_dist.data.stream import (
     EventBatch,
     EventStream,
     StreamPosition,
+    deal,
     slice_bounds,
     whole_batches,
 )
@@ -44,8 +45,7 @@ def test_batches_are_the_events_in_order(dataset: PreparedDataset, batch_size: i
     assert [len(batch) for batch, _ in batches[:-1]] == [batch_size] * (len(batches) - 1)
     event_ids: list[int] = []
     for batch, position in batches:
-        assert batch.first_position == len(event_ids)
-        assert batch.positions.tolist() == list(range(len(event_ids), len(event_ids) + len(batch)))
+        assert batch.position.tolist() == list(range(len(event_ids), len(event_ids) + len(batch)))
         event_ids += batch.event_id.tolist()
         assert position == StreamPosition(len(event_ids))
     assert event_ids == truth.event_ids
@@ -68,7 +68,7 @@ def test_resuming_at_any_position_gives_the_same_batches(
             resumed, whole[number:], strict=True
         ):
             assert position == same_position
-            assert batch.first_position == same_batch.first_position
+            assert batch.position.tolist() == same_batch.position.tolist()
             assert columns(batch) == columns(same_batch)
 
 
@@ -164,15 +164,51 @@ def test_no_such_rank(rank: int) -> None:
         slice_bounds(10, rank, 2)
 
 
+@pytest.mark.parametrize("world_size", [2, 3, 8, 64])
+def test_ranks_are_dealt_equal_work(world_size: int) -> None:
+    generator = np.random.default_rng(world_size)
+    # In time order work is uneven: the second half costs half as much.
+    work = np.repeat([128, 64], 24 * world_size) - generator.integers(0, 64, 48 * world_size)
+    order = deal(work, world_size)
+    assert order is not None
+    assert sorted(order.tolist()) == list(range(len(work)))
+    shares = work[order].reshape(world_size, -1).sum(axis=1)
+    assert shares.max() - shares.min() <= work.max(), "rounds of two even each other out"
+    assert work.reshape(world_size, -1).sum(axis=1).max() > 1.2 * shares.max()
+    again = deal(work, world_size)
+    assert again is not None
+    assert again.tolist() == order.tolist()
+
+
+def test_the_deal_of_a_small_batch() -> None:
+    order = deal(np.array([0, 9, 3, 7, 5, 5, 1, 40_000]), 2)
+    assert order is not None
+    assert order.tolist() == [7, 4, 5, 0, 1, 3, 2, 6]
+
+
+@pytest.mark.parametrize(
+    ("work", "world_size"), [([1, 2, 3, 4], 1), ([1, 2, 3], 2), ([5, 5, 5, 5], 2), ([], 2)]
+)
+def test_some_batches_keep_their_order(work: list[int], world_size: int) -> None:
+    assert deal(np.array(work, dtype=np.int64), world_size) is None
+
+
 def test_a_slice_keeps_its_positions(dataset: PreparedDataset) -> None:
     batch, _ = next(EventStream(dataset, Span(30, 40), 10).batches())
     for start, stop in [(0, 10), (3, 7), (5, 5), (9, 10)]:
         part = batch.slice(start, stop)
-        assert part.positions.tolist() == list(range(30 + start, 30 + stop))
+        assert part.position.tolist() == list(range(30 + start, 30 + stop))
         assert part.item_offset.tolist() == batch.item_offset[start:stop].tolist()
     for start, stop in [(-1, 3), (4, 3), (0, 11)]:
         with pytest.raises(ConfigError, match=r"expected: within \[0, 10\)"):
             batch.slice(start, stop)
+
+
+def test_any_rows_keep_their_positions(dataset: PreparedDataset) -> None:
+    batch, _ = next(EventStream(dataset, Span(30, 40), 10).batches())
+    part = batch.take(np.array([7, 0, 3]))
+    assert part.position.tolist() == [37, 30, 33]
+    assert part.user.tolist() == batch.user[[7, 0, 3]].tolist()
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ def fresh_cache(empty_slot: str = "zero") -> Representations:
 def item_batch(items: npt.NDArray[np.int64], first_position: int = 0) -> EventBatch:
     """Events of these items; what else they hold does not matter."""
     zeros = np.zeros(len(items), dtype=np.int64)
-    return EventBatch(first_position, zeros, items, items, *[zeros] * 7)
+    return EventBatch(zeros + first_position, zeros, items, items, *[zeros] * 7)
 
 
 @dataclass(frozen=True)

@@ -70,10 +70,10 @@ def test_released_has_all_items_up_to_the_end_of_the_batch(tmp_path: Path) -> No
     released, causal = results["released"].counts, results["causal"].counts
     events = 0
     for batch, _ in EventStream(dataset, span, BATCH).batches():
-        before = int((dataset.items.first_positions < batch.first_position).sum())
-        after = int((dataset.items.first_positions < batch.first_position + len(batch)).sum())
+        before = int((dataset.items.first_positions < int(batch.position[0])).sum())
+        after = int((dataset.items.first_positions < int(batch.position[0]) + len(batch)).sum())
         negatives_BM = draw_with_replacement(
-            batch_generator(0, batch.first_position), after, len(batch), 5
+            batch_generator(0, int(batch.position[0])), after, len(batch), 5
         )
         for target, negatives in zip(batch.item_index, negatives_BM, strict=True):
             assert released.num_candidates[events] == after
@@ -102,7 +102,7 @@ def test_among_training_items_no_other_item_counts(tmp_path: Path) -> None:
     users_BD = F.normalize(torch.from_numpy(rows["user"].rows)[user_of_event])
     items_ID = F.normalize(torch.from_numpy(rows["item"].rows))  # zero where there is none
     scores_BI = users_BD @ items_ID[:num_train].T
-    generator = batch_generator(0, batch.first_position)
+    generator = batch_generator(0, int(batch.position[0]))
     negatives_BM = draw_with_replacement(generator, num_train, len(batch), num_negatives=5)
     num_checked = 0
     first = len(span) - len(batch)

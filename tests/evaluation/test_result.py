@@ -43,7 +43,7 @@ def events(**columns: list[int]) -> EventBatch:
     """A batch with these columns; the others hold 0."""
     zeros = np.zeros(len(next(iter(columns.values()))), dtype=np.int64)
     named = dict.fromkeys(EVENT_COLUMNS, zeros)
-    return EventBatch(0, **{**named, **{name: np.array(c) for name, c in columns.items()}})
+    return EventBatch(zeros, **{**named, **{name: np.array(c) for name, c in columns.items()}})
 
 
 def some_result(is_served: list[bool] | None = None) -> PartResult:

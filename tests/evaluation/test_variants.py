@@ -402,7 +402,7 @@ def test_negatives_are_available_at_the_time_of_the_event(
     for batch, _ in EventStream(dataset, span, BATCH).batches():
         if with_replacement:
             sets.add(batch)
-        until = batch.first_position + len(batch) * with_replacement
+        until = batch.position[0] + len(batch) * with_replacement
         known = {int(item): time for _, item, time in rows[:until]}  # type: ignore[call-overload]
         drawn = sets.draw(batch, with_replacement=with_replacement)
         if not with_replacement:

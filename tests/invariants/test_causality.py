@@ -99,7 +99,7 @@ def record(
 
     def recorded_take(planned: PlannedRows) -> EncoderInputs:
         inputs = take(planned)
-        for row, position in enumerate(planned.batch.positions.tolist()):
+        for row, position in enumerate(planned.batch.position.tolist()):
             length = int(inputs.users.lengths_B[row])
             items_of_user[position] = inputs.items_of_users_BSD[row, :length].clone()
             length = int(inputs.items.lengths_B[row])

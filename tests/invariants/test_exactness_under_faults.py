@@ -189,7 +189,7 @@ class Listed(EventStream):
     ) -> Iterator[tuple[EventBatch, StreamPosition]]:
         assert start is None
         for batch in self._listed:
-            yield batch, StreamPosition(batch.first_position + len(batch))
+            yield batch, StreamPosition(int(batch.position[-1]) + 1)
 
 
 class ToyRank:
@@ -247,7 +247,7 @@ class ToyRank:
         return {USER: user_PD.numpy(), ITEM: item_PD.numpy()}
 
     def _step(self, loaded: LoadedBatch, epoch: int) -> Tensor:
-        positions = loaded.mine.positions.tolist()
+        positions = loaded.mine.position.tolist()
         inputs = self.representations.take(loaded.rows)
         user_bD = represent(
             inputs.items_of_users_BSD, inputs.users.lengths_B, positions, USER, epoch
@@ -256,7 +256,10 @@ class ToyRank:
             inputs.users_of_items_BSD, inputs.items.lengths_B, positions, ITEM, epoch
         )
         slices = self.ranks.all_gather(self.rank, torch.cat([user_bD, item_bD], dim=1))
-        user_BD, item_BD = torch.cat(slices).split(D, dim=1)
+        dealt = torch.cat(slices)
+        rows = torch.empty_like(dealt)
+        rows[slice(None) if loaded.order_B is None else torch.from_numpy(loaded.order_B)] = dealt
+        user_BD, item_BD = rows.split(D, dim=1)
         self.representations.write_back(loaded.step, loaded.batch, user_BD, item_BD)
         return torch.cat([user_BD, item_BD], dim=1)
 

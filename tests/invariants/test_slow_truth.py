@@ -155,7 +155,7 @@ def test_training_and_causal_ranks(
     expected_counts: list[tuple[int, int, int]] = []
     with torch.no_grad():
         for batch, _ in EventStream(dataset, span, BATCH).batches():
-            start, stop = batch.first_position, batch.first_position + len(batch)
+            start, stop = batch.position[0], batch.position[-1] + 1
             last = start if candidates == "growing" else dataset.split.train.stop
             seen = list({event.item for event in events[:last]})
             users, items = truth.represent_batch(start, stop)

@@ -16,6 +16,7 @@ TRUTH = Constants(
     compute_step_s=2e-3,
     compute_event_s=1e-4,
     hot_row_s=1e-6,
+    write_back_step_s=1e-3,
     write_back_event_s=3e-6,
     read_event_s=1e-6,
     history_event_s=2e-6,
@@ -30,7 +31,7 @@ TRUTH = Constants(
     checkpoint_byte_s=4e-9,
 )
 ROWS_PER_EVENT, WRITTEN_PER_EVENT = 3.0, 1.5
-ROW_BYTES, KEY_BYTES, GATHERED_BYTES = 128, 9, 512
+ROW_BYTES, KEY_BYTES, GATHERED_BYTES, GRADIENT_BYTES = 128, 9, 512, 400_000
 CORES = 64
 
 
@@ -57,10 +58,12 @@ def figures(
         "wait": 0.0,
         "rows": read * t.hot_row_s,
         "encode": 0.4 * (t.compute_step_s + b * t.compute_event_s),
-        "backward": 0.6 * (t.compute_step_s + b * t.compute_event_s),
+        "backward": 0.6 * (t.compute_step_s + b * t.compute_event_s)
+        + 6 * math.log2(num_workers) * t.latency_s
+        + 2 * (num_workers - 1) / num_workers * GRADIENT_BYTES * t.network_byte_s,
         "exchange": math.log2(num_workers) * t.latency_s
         + gathered / num_workers * t.network_byte_s,
-        "write_back": batch_size * t.write_back_event_s,
+        "write_back": t.write_back_step_s + batch_size * t.write_back_event_s,
     }
     values: dict[str, Any] = {
         "num_workers": num_workers,
@@ -89,7 +92,7 @@ def figures(
         "checkpoint_s": t.checkpoint_s
         + cache_rows * t.cache_row_bytes / num_shards * t.checkpoint_byte_s,
         "validation_rank": 0.3,
-        "gradient_bytes": 400_000,
+        "gradient_bytes": GRADIENT_BYTES,
         "row_bytes": ROW_BYTES,
     }
     return CellFigures(**{**values, **changes})
