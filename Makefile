@@ -19,8 +19,10 @@ demo: $(INSTALLED)
 		--user user --item item --timestamp timestamp --timestamp-unit ms
 	$(BIN)/felrec train configs/demo.yaml
 
+# Tests that start Ray, which takes all cores by itself, one after the other; the others two at a time.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not ray" --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not slow and ray"
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow --ignore tests/chaos

@@ -4,18 +4,14 @@ compiled code finds them.
 
 from __future__ import annotations
 
-import mmap
-from contextlib import suppress
-
 import numpy as np
 
 from cache_server.hashing import Int64s, UInt64s
+from cache_server.memory import zeros
 from cache_server.messages import WORD_BYTES
 
 NEVER_WRITTEN = -1
 """The version of a row that is not in use yet."""
-
-_HUGE_PAGE = 2**21
 
 
 class Blocks:
@@ -96,23 +92,6 @@ class Blocks:
 
 
 def _empty_block(block_rows: int, num_words: int) -> tuple[UInt64s, Int64s]:
-    rows = _zeros(block_rows * num_words).reshape(block_rows, num_words)
-    return rows, np.full(block_rows, NEVER_WRITTEN, np.int64)
-
-
-def _zeros(num_words: int) -> UInt64s:
-    """Memory that costs nothing before it is used; the padding of rows is part of the digest."""
-    nbytes = num_words * WORD_BYTES
-    if nbytes % _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return np.zeros(num_words, np.uint64)
-    # Rows are read in no order: with huge pages all of them are in the processor's tables. NumPy
-    # asks for them, too, but where its memory begins in the middle of one, that one is lost.
-    try:
-        mapped = mmap.mmap(-1, nbytes + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    except OSError as error:
-        raise MemoryError from error
-    with suppress(OSError):  # a kernel without them
-        mapped.madvise(mmap.MADV_HUGEPAGE)
-    whole = np.frombuffer(mapped, np.uint8)
-    start = -whole.ctypes.data % _HUGE_PAGE
-    return whole[start : start + nbytes].view(np.uint64)
+    # zeros: the padding of rows is part of the digest.
+    words = zeros(block_rows * num_words * WORD_BYTES).view(np.uint64)
+    return words.reshape(block_rows, num_words), np.full(block_rows, NEVER_WRITTEN, np.int64)

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from cache_server.addresses import int32_pointer
 from cache_server.errors import CacheError
 from cache_server.hashing import Int32s, Int64s, mix, read_only
+from cache_server.memory import zeros
 
 MAX_ROWS = 2**31 - 2
 """A slot holds row + 1 in an int32."""
@@ -263,4 +264,5 @@ class IdIndex:
 
 
 def _empty_slots(capacity: int) -> Int32s:
-    return np.zeros((capacity, _SLOT_WORDS), np.int32)
+    nbytes = capacity * _SLOT_WORDS * np.dtype(np.int32).itemsize
+    return zeros(nbytes).view(np.int32).reshape(capacity, _SLOT_WORDS)

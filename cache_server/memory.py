@@ -1,0 +1,36 @@
+"""Memory that is read in no order: in huge pages, where the system has them."""
+
+from __future__ import annotations
+
+import mmap
+from contextlib import suppress
+
+import numpy as np
+from numpy.typing import NDArray
+
+HUGE_PAGE_BYTES = 2**21
+
+
+def zeros(nbytes: int) -> NDArray[np.uint8]:
+    """Returns zeros (nbytes,), which cost nothing before they are used.
+
+    As many of them as fill whole huge pages are in such: then the processor's tables hold the
+    pages of all of them. NumPy asks for huge pages, too, but its memory begins in the middle of
+    one.
+
+    Raises:
+        MemoryError: the system has no room.
+    """
+    if nbytes < HUGE_PAGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return np.zeros(nbytes, np.uint8)
+    try:
+        mapped = mmap.mmap(
+            -1, nbytes + HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        )
+    except OSError as error:
+        raise MemoryError(f"{nbytes} bytes") from error
+    whole = np.frombuffer(mapped, np.uint8)
+    start = -whole.ctypes.data % HUGE_PAGE_BYTES
+    with suppress(OSError):  # a kernel without them
+        mapped.madvise(mmap.MADV_HUGEPAGE, start, nbytes - nbytes % HUGE_PAGE_BYTES)
+    return whole[start : start + nbytes]
