@@ -6,6 +6,7 @@ Runs differ in colour, marker and dash: for the colour-blind, and for print.
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ _WIDTH_INCHES = 4.6
 _HEIGHT_INCHES = 3.1
 _LINE_INCHES = 0.2
 _MAX_POINTS = 250
+_MAX_BUCKET_LABELS = 10
 
 
 @dataclass(frozen=True)
@@ -278,11 +280,13 @@ def buckets_plot(
     *,
     x_label: str,
     y_label: str,
+    most: float,
 ) -> Plot:
     """Means over buckets of events, of several runs.
 
     Args:
         buckets: by label of the run; all of them have the same ones.
+        most: what no mean exceeds; their intervals may.
     """
     drawing = Drawing(
         name,
@@ -306,8 +310,11 @@ def buckets_plot(
             elinewidth=0.8,
             label=label,
         )
-    drawing.axes.set_xticks(range(len(labels)), labels)
+    # As many as there is room for.
+    places = range(0, len(labels), math.ceil(len(labels) / _MAX_BUCKET_LABELS))
+    drawing.axes.set_xticks(places, [labels[place] for place in places])
     drawing.axes.set_xlim(-0.5, len(labels) - 0.5)
+    drawing.axes.set_ylim(top=min(1.03 * most, drawing.axes.get_ylim()[1]))
     _begin_at_zero(drawing.axes)
     drawing.legend()
     return drawing.plot()

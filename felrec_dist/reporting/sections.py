@@ -223,6 +223,8 @@ def _add_cold_start(
                 label: view.means(of_run, of_run.values(kind.field), kind.scale)
                 for label, of_run in events.items()
             }
+            if not any(b.num_served for of_run in buckets.values() for b in of_run):
+                continue
             section.plots.append(
                 plots.buckets_plot(
                     f"{view.name}-{kind.field.replace('_', '-')}-{number}",
@@ -231,6 +233,7 @@ def _add_cold_start(
                     {label: (styles[label], means) for label, means in buckets.items()},
                     x_label=view.x_label,
                     y_label=_with_unit(kind, name),
+                    most=kind.scale,
                 )
             )
         of_first = next(iter(buckets.values()))
