@@ -34,6 +34,7 @@ _HEIGHT_INCHES = 3.1
 _LINE_INCHES = 0.2
 _MAX_POINTS = 250
 _MAX_BUCKET_LABELS = 10
+_LEAST_COSINES = 0.02
 
 
 @dataclass(frozen=True)
@@ -409,12 +410,17 @@ def similarities_plot(name: str, label: str, found: Similarities) -> Plot:
         height_inches=4.0,
     )
     drawing.axes.grid(visible=False)
+    cosines_RC = np.ma.masked_invalid(found.cosines_RC)
+    least, most = (cosines_RC.min(), cosines_RC.max()) if cosines_RC.count() else (-1.0, 1.0)
     # Edges lie half a step around the numbers.
     image = drawing.axes.pcolormesh(
         np.arange(-num_columns, 1) + 0.5,
         np.arange(-num_rows, 1) + 0.5,
-        np.ma.masked_invalid(found.cosines_RC),
+        cosines_RC,
         cmap="cividis",
+        # Where all are alike it is seen that they are.
+        vmin=min(least, most - _LEAST_COSINES),
+        vmax=most,
     )
     for axis in (drawing.axes.xaxis, drawing.axes.yaxis):
         axis.set_major_locator(MaxNLocator(6, integer=True))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 import pytest
 
 pytest.importorskip("matplotlib")
 
 from felrec_dist.reporting.cold_start import Bucket
-from felrec_dist.reporting.plots import Style, buckets_plot
+from felrec_dist.reporting.plots import Style, buckets_plot, similarities_plot
+from felrec_dist.reporting.representations import Similarities
 
 
 def texts(svg: str) -> list[str]:
@@ -35,3 +37,11 @@ def test_labels_of_many_buckets_have_room(num_buckets: int, expected: list[str])
     # The interval reaches to 120, the axis does not.
     assert "100" in found
     assert "120" not in found
+
+
+def test_vectors_that_are_all_alike_have_readable_cosines() -> None:
+    cosines = 1.0 - 1e-9 * np.arange(12.0).reshape(3, 4)
+    plot = similarities_plot("n", "a run", Similarities(cosines, 7, "1", "2"))
+    labels = [text for text in texts(plot.svg) if "." in text]
+    assert labels
+    assert all(0.97 < float(label) < 1.01 for label in labels), "without an offset beside them"
