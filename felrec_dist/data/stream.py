@@ -39,6 +39,9 @@ class StreamPosition:
         return cls(position)
 
 
+_COLUMNS = ("position", *EVENT_COLUMNS)
+
+
 @dataclass(frozen=True)
 class EventBatch:
     """B events; every array is (B,) int64. A stream's follow one another in the total order.
@@ -99,9 +102,6 @@ class EventBatch:
     def take(self, chosen: Int64s) -> EventBatch:
         """The events of these rows of the batch, as copies."""
         return EventBatch(**{name: getattr(self, name)[chosen] for name in _COLUMNS})
-
-
-_COLUMNS = ("position", *EVENT_COLUMNS)
 
 
 def slice_bounds(num_events: int, rank: int, world_size: int) -> tuple[int, int]:

@@ -1,9 +1,9 @@
 """Batch normalisation over the whole batch, on every backend.
 
-Each rank holds a slice of the batch; mean and variance are those of all B rows, so that
-the result does not depend on the number of ranks. ``torch.nn.SyncBatchNorm`` refuses CPU tensors,
-and sums of squares lose digits: this gathers mean, sum of squared deviations and count of each rank
-and merges them in rank order (Chan, Golub & LeVeque, 1979), which gives every rank the same bits.
+Each rank holds a slice of the batch; mean and variance are those of all B rows, so that the result
+does not depend on the number of ranks. ``torch.nn.SyncBatchNorm`` refuses CPU tensors, and sums of
+squares lose digits: this gathers mean, sum of squared deviations and count of each rank and merges
+them in rank order (Chan, Golub & LeVeque, 1979), which gives every rank the same bits.
 
 Shape legend: b rows of this rank, B rows of the batch, D width, W ranks.
 """
