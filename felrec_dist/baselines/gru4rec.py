@@ -224,7 +224,7 @@ class GRU4RecTraining(BaselineTraining[SessionBatch]):
         return user_BD
 
     def _has_input(self, batch: EventBatch) -> npt.NDArray[np.bool_]:
-        """Whether the user has an earlier item that the training part has, in this session."""
+        """Whether the user has an earlier item that the training part has."""
         return np.asarray(batch.user_length > self._first_inputs_U[batch.user_index])
 
     def begin(self, generation: int, step: int) -> None:
