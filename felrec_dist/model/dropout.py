@@ -10,11 +10,14 @@ Shape legend: B batch, R rows (a slot of an event's history each), D width.
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import numpy as np
 import numpy.typing as npt
 import torch
 from numba import njit
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from cache_server.hashing import mix, mix64
 
@@ -65,8 +68,13 @@ class EventDropout(nn.Module):
         if not self.training or self.threshold == 0:
             return x_RD
         assert keys_R is not None, "dropout in training needs the events' keys"
-        draw = _draw_on_cpu if x_RD.device.type == "cpu" else draw_factors
-        return x_RD * draw(keys_R, slot_R, self.place, x_RD.shape[1], self.threshold, x_RD.dtype)
+        if x_RD.device.type == "cpu":
+            return cast(
+                Tensor,
+                _DropoutOnCPU.apply(x_RD, keys_R, slot_R, self.place, self.threshold),  # type: ignore[no-untyped-call]
+            )
+        width, dtype = x_RD.shape[1], x_RD.dtype
+        return x_RD * draw_factors(keys_R, slot_R, self.place, width, self.threshold, dtype)
 
 
 def draw_factors(
@@ -92,33 +100,78 @@ def draw_factors(
     return keep_RD.to(dtype).mul_(_RESOLUTION / (_RESOLUTION - threshold))
 
 
-def _draw_on_cpu(
-    keys_R: Tensor, slot_R: Tensor, place: int, width: int, threshold: int, dtype: torch.dtype
+class _DropoutOnCPU(torch.autograd.Function):
+    """The product with ``draw_factors``, to the same bits, in one compiled pass.
+
+    The masks are drawn again for the gradient: that takes less time than keeping them.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_RD: Tensor, keys_R: Tensor, slot_R: Tensor, place: int, threshold: int
+    ) -> Tensor:
+        ctx.save_for_backward(keys_R, slot_R)
+        ctx.place, ctx.threshold = place, threshold
+        return _drop_on_cpu(x_RD, keys_R, slot_R, place, threshold)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None, None, None]:
+        keys_R, slot_R = ctx.saved_tensors
+        return (
+            _drop_on_cpu(grad_RD, keys_R, slot_R, ctx.place, ctx.threshold),
+            None,
+            None,
+            None,
+            None,
+        )
+
+
+def _drop_on_cpu(
+    x_RD: Tensor, keys_R: Tensor, slot_R: Tensor, place: int, threshold: int
 ) -> Tensor:
-    """``draw_factors`` in one compiled pass, to the same bits."""
-    # NumPy has no bfloat16.
-    drawn_dtype = torch.float32 if dtype == torch.bfloat16 else dtype
-    factors_RD = torch.empty(len(keys_R), width, dtype=drawn_dtype)
-    _fill_factors(keys_R.numpy(), slot_R.numpy(), place, threshold, factors_RD.numpy())
-    return factors_RD.to(dtype)
+    scale = torch.tensor(_RESOLUTION / (_RESOLUTION - threshold), dtype=x_RD.dtype)
+    # NumPy has no bfloat16. Products of two such numbers are exact in float32, rounded once after.
+    dtype = torch.float32 if x_RD.dtype == torch.bfloat16 else x_RD.dtype
+    wide_RD = x_RD.detach().to(dtype).contiguous()
+    dropped_RD = torch.empty_like(wide_RD)
+    _drop(
+        wide_RD.numpy(),
+        keys_R.numpy(),
+        slot_R.numpy(),
+        place,
+        threshold,
+        *torch.stack([scale, torch.zeros_like(scale)]).to(dtype).numpy(),
+        dropped_RD.numpy(),
+    )
+    return dropped_RD.to(x_RD.dtype)
 
 
 @njit(nogil=True, cache=True)
-def _fill_factors(keys_R, slot_R, place, threshold, factors_RD):  # type: ignore[no-untyped-def]  # compiled
-    width = factors_RD.shape[1]
+def _drop(x_RD, keys_R, slot_R, place, threshold, scale, zero, dropped_RD):  # type: ignore[no-untyped-def]  # compiled
+    width = x_RD.shape[1]
+    num_whole = width // 4  # words of which all lanes are needed
     num_words = (width + 3) // 4
-    scale = 65536.0 / (65536 - threshold)
     for i in range(keys_R.size):
-        state = mix(np.uint64(keys_R[i]) + np.uint64(place))
-        state += np.uint64(slot_R[i] * num_words) * np.uint64(0x9E3779B97F4A7C15)
-        for start in range(0, width, 4):
-            # What mix adds to its argument makes this the next number of the stream.
-            word = mix(state)
-            state += np.uint64(0x9E3779B97F4A7C15)
-            for lane in range(min(4, width - start)):
-                # Of the lane's sign bit, flipped, as in draw_factors.
-                number = ((word >> np.uint64(16 * lane)) & np.uint64(0xFFFF)) ^ np.uint64(0x8000)
-                factors_RD[i, start + lane] = scale if np.int64(number) >= threshold else 0.0
+        seed = mix(np.uint64(keys_R[i]) + np.uint64(place))
+        seed += np.uint64(slot_R[i] * num_words) * np.uint64(_GAMMA)
+        for word in range(num_whole):  # no branch inside: this loop becomes vector instructions
+            lanes = mix(seed + np.uint64(word) * np.uint64(_GAMMA))
+            for lane in range(4):
+                at = 4 * word + lane
+                dropped_RD[i, at] = x_RD[i, at] * _factor(lanes, lane, threshold, scale, zero)
+        if num_whole < num_words:
+            lanes = mix(seed + np.uint64(num_whole) * np.uint64(_GAMMA))
+            for lane in range(width - 4 * num_whole):
+                at = 4 * num_whole + lane
+                dropped_RD[i, at] = x_RD[i, at] * _factor(lanes, lane, threshold, scale, zero)
+
+
+@njit(nogil=True, cache=True, inline="always")
+def _factor(lanes, lane, threshold, scale, zero):  # type: ignore[no-untyped-def]
+    # Of the lane's sign bit, flipped, as in draw_factors.
+    number = ((lanes >> np.uint64(16 * lane)) & np.uint64(0xFFFF)) ^ np.uint64(0x8000)
+    return scale if np.int64(number) >= threshold else zero
 
 
 def _mix(x: Tensor) -> Tensor:
