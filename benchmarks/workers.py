@@ -1,8 +1,14 @@
-"""Two workers of one thread against one, on the same global batches."""
+"""Two workers of one thread against one on the same global batches, and against two processes that
+have nothing to do with each other.
+"""
 
 from __future__ import annotations
 
+import multiprocessing
 import tempfile
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,6 +22,7 @@ from benchmarks.training_side import (
     SeededRows,
     TrainingSide,
     cached_representations,
+    in_process_client,
     training_side,
 )
 from benchmarks.workloads import Workload, workload
@@ -30,23 +37,26 @@ BATCH_SIZE = 1024
 WARMUPS, REPEATS = 8, 7
 TIMEOUT_S = 300.0
 ONE, TWO = "1 worker", "2 workers"
+APART = "2 processes apart"
 
 
 def run(quick: bool, device: torch.device) -> list[Report]:
     """MovieLens-100K on Ray, one shard; nothing in quick mode, nor on a GPU.
 
     Every worker has one thread of a CPU: whether two are twice as fast is a question to the
-    exchange and to the cache, as long as the machine has two idle cores.
+    exchange and to the cache, as long as the machine has two idle cores. What it has is shown by
+    two processes apart, each with half of the events and a cache of its own.
     """
     if quick or device.type != "cpu":
         return []
     work = workload("MovieLens-100K")
     span = work.middle(WARMUPS + REPEATS + 4, BATCH_SIZE)
-    with local_ray(), tempfile.TemporaryDirectory() as folder:
+    with local_ray(), tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         seconds = alternate(
             {
                 ONE: _start(1, work, span, Path(folder)),
                 TWO: _start(2, work, span, Path(folder)),
+                APART: _start_apart(work, span, stack),
             },
             repeats=REPEATS,
             warmups=WARMUPS,
@@ -58,12 +68,15 @@ def run(quick: bool, device: torch.device) -> list[Report]:
             "workers",
             setting,
             figures,
-            [Ratio(TWO, ONE, seconds[ONE] / seconds[TWO], "times faster")],
+            [
+                Ratio(side, ONE, seconds[ONE] / seconds[side], "times faster")
+                for side in (TWO, APART)
+            ],
         )
     ]
 
 
-def _start(num_workers: int, work: Workload, span: Span, folder: Path) -> Any:
+def _start(num_workers: int, work: Workload, span: Span, folder: Path) -> Callable[[], None]:
     """Starts workers and a shard of their own; returns a call that trains one step on all."""
     import ray
 
@@ -82,6 +95,55 @@ def _start(num_workers: int, work: Workload, span: Span, folder: Path) -> Any:
         ray.get([w.step.remote() for w in workers], timeout=TIMEOUT_S)
 
     return step
+
+
+def _start_apart(work: Workload, span: Span, stack: ExitStack) -> Callable[[], None]:
+    """Starts two processes outside of Ray; returns a call that trains a step on each."""
+    middle = (span.start + span.stop) // 2
+    pools = [
+        stack.enter_context(
+            ProcessPoolExecutor(
+                1,
+                mp_context=multiprocessing.get_context("spawn"),
+                initializer=_begin_apart,
+                initargs=(work.name, work.dataset.url, half),
+            )
+        )
+        for half in (Span(span.start, middle), Span(middle, span.stop))
+    ]
+
+    def all_do(what: Callable[[], None]) -> None:
+        for done in [pool.submit(what) for pool in pools]:
+            done.result(timeout=TIMEOUT_S)
+
+    stack.callback(all_do, _end_apart)
+    return lambda: all_do(_step_apart)
+
+
+# Of a process apart: its side, and what ends its threads.
+_apart: tuple[TrainingSide, ExitStack] | None = None
+
+
+def _begin_apart(name: str, data_url: str, span: Span) -> None:
+    global _apart
+    torch.set_num_threads(1)
+    encoder, world, stack = EncoderConfig(), World.current(), ExitStack()
+    work = Workload(name, PreparedDataset.open(data_url))
+    client = stack.enter_context(in_process_client(1, encoder.width))
+    rows = cached_representations(client, world)
+    SeededRows.of(work, span, encoder.width, encoder.history_length).fill(rows)
+    side = training_side(work, span, BATCH_SIZE // 2, rows, world)
+    _apart = stack.enter_context(side), stack
+
+
+def _step_apart() -> None:
+    assert _apart is not None
+    _apart[0].run(1)
+
+
+def _end_apart() -> None:
+    assert _apart is not None
+    _apart[1].close()
 
 
 class Worker:

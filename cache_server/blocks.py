@@ -4,18 +4,27 @@ compiled code finds them.
 
 from __future__ import annotations
 
+from concurrent.futures import Future, ThreadPoolExecutor
+
 import numpy as np
 
 from cache_server.hashing import Int64s, UInt64s
-from cache_server.memory import zeros
+from cache_server.memory import HUGE_PAGE_BYTES, take_pages, zeros
 from cache_server.messages import WORD_BYTES
 
 NEVER_WRITTEN = -1
 """The version of a row that is not in use yet."""
 
+# With so many blocks in memory the next one is made ready; a smaller table takes what it uses.
+_BLOCKS_BEFORE_NEXT = 8
+_makers = ThreadPoolExecutor(1, thread_name_prefix="blocks")
+
 
 class Blocks:
     """Blocks are appended and never copied, but for those that leave memory: the oldest first.
+
+    The next block of a table that has grown is made by a thread, pages and all: the system takes
+    longer to give memory than a write takes to use it.
 
     Args:
         block_shift: a block has ``2 ** block_shift`` rows.
@@ -27,6 +36,7 @@ class Blocks:
         self._num_words = num_words
         self._rows: list[UInt64s] = []
         self._versions: list[Int64s] = []
+        self._next: Future[tuple[UInt64s, Int64s]] | None = None
         self.addresses = np.empty(0, np.int64)
         self.version_addresses = np.empty(0, np.int64)
         self.num_spilled = 0
@@ -50,8 +60,11 @@ class Blocks:
 
     @property
     def memory_bytes(self) -> int:
-        """Bytes of all blocks in memory; the versions of spilled ones stay there."""
-        return len(self) * self.block_nbytes - self.spilled_bytes
+        """Bytes of all blocks in memory, the next one too if it is made; the versions of spilled
+        ones stay there.
+        """
+        num_blocks = len(self) + (self._next is not None)
+        return num_blocks * self.block_nbytes - self.spilled_bytes
 
     @property
     def spilled_bytes(self) -> int:
@@ -69,8 +82,11 @@ class Blocks:
         Raises:
             MemoryError: nothing was added.
         """
+        made, self._next = self._next, None
         try:
-            rows, versions = _empty_block(self.block_rows, self._num_words)
+            rows, versions = (
+                _empty_block(self.block_rows, self._num_words) if made is None else made.result()
+            )
         except MemoryError as error:
             raise MemoryError(
                 f"{self.block_nbytes} bytes for a block of {self.block_rows} rows"
@@ -79,6 +95,11 @@ class Blocks:
         self._versions.append(versions)
         self.addresses = np.append(self.addresses, rows.ctypes.data)
         self.version_addresses = np.append(self.version_addresses, versions.ctypes.data)
+        is_large = len(self) - self.num_spilled >= _BLOCKS_BEFORE_NEXT
+        if is_large and self.rows_nbytes >= HUGE_PAGE_BYTES:
+            self._next = _makers.submit(
+                _empty_block, self.block_rows, self._num_words, takes_pages=True
+            )
 
     def oldest_in_memory(self) -> UInt64s:
         """Rows of the block that leaves memory next."""
@@ -91,7 +112,12 @@ class Blocks:
         self.num_spilled += 1
 
 
-def _empty_block(block_rows: int, num_words: int) -> tuple[UInt64s, Int64s]:
+def _empty_block(
+    block_rows: int, num_words: int, *, takes_pages: bool = False
+) -> tuple[UInt64s, Int64s]:
     # zeros: the padding of rows is part of the digest.
-    words = zeros(block_rows * num_words * WORD_BYTES).view(np.uint64)
+    memory = zeros(block_rows * num_words * WORD_BYTES)
+    if takes_pages:
+        take_pages(memory)
+    words = memory.view(np.uint64)
     return words.reshape(block_rows, num_words), np.full(block_rows, NEVER_WRITTEN, np.int64)

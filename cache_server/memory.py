@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
+import sys
 from contextlib import suppress
 
 import numpy as np
 from numpy.typing import NDArray
 
 HUGE_PAGE_BYTES = 2**21
+
+# Of madvise(2), since Linux 5.14; Python has no name for it.
+_MADV_POPULATE_WRITE = 23
 
 
 def zeros(nbytes: int) -> NDArray[np.uint8]:
@@ -34,3 +39,18 @@ def zeros(nbytes: int) -> NDArray[np.uint8]:
     with suppress(OSError):  # a kernel without them
         mapped.madvise(mmap.MADV_HUGEPAGE, start, nbytes - nbytes % HUGE_PAGE_BYTES)
     return whole[start : start + nbytes]
+
+
+def take_pages(memory: NDArray[np.uint8]) -> None:
+    """Has the system give all pages of ``zeros`` now, where it can be asked; other threads go on.
+
+    Left alone it gives each when it is first written, and the writer waits.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    start = -(-memory.ctypes.data // mmap.PAGESIZE) * mmap.PAGESIZE
+    nbytes = memory.ctypes.data + memory.nbytes - start
+    # What an older kernel refuses costs time and nothing else.
+    ctypes.CDLL(None).madvise(
+        ctypes.c_void_p(start), ctypes.c_size_t(max(0, nbytes)), _MADV_POPULATE_WRITE
+    )

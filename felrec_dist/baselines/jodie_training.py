@@ -73,9 +73,6 @@ class EventEntities(HistoryReader):
             Histories(batch.user[:, None], np.ones(len(batch), dtype=np.int64)),
         )
 
-    def work(self, batch: EventBatch) -> Int64s:
-        return np.zeros_like(batch.user)  # every event costs the same
-
 
 @dataclass(frozen=True)
 class Weights:
@@ -209,7 +206,7 @@ class JODIETraining(BaselineTraining[LoadedBatch]):
         """Writes the batch's rows; returns those of its items (B, R) as they are read later."""
         with self.clock("exchange"):
             user_BR, item_BR = self.exchange.gather_batch(
-                [output.user_bR, output.item_bR], loaded.num_events, loaded.order_B
+                [output.user_bR, output.item_bR], loaded.num_events
             )
         with self.clock("write_back"):
             _, item_BR = self.representations.write_back(
@@ -274,7 +271,7 @@ class JODIETraining(BaselineTraining[LoadedBatch]):
                 output = self._encode(loaded)
                 with self.clock("exchange"):
                     (prediction_B2D,) = self.exchange.gather_batch(
-                        [output.prediction_b2D.detach()], len(batch), loaded.order_B
+                        [output.prediction_b2D.detach()], len(batch)
                     )
                 self._check_finite(prediction_B2D, batch)
                 with self.clock("score"):

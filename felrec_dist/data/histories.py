@@ -73,12 +73,6 @@ class HistoryReader:
             self._read_side(self._users_of_items, batch.item_offset, batch.item_length),
         )
 
-    def work(self, batch: EventBatch) -> Int64s:
-        """Returns how many ids the histories of each event hold (B,): what encoding it costs."""
-        return np.minimum(batch.user_length, self.history_length) + np.minimum(
-            batch.item_length, self.history_length
-        )
-
     def items_after(self, batch: EventBatch) -> Histories:
         """The items of each event's user after it: the history of an event that came next."""
         return self._read_side(

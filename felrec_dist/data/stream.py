@@ -1,8 +1,7 @@
 """Events as global batches in time order, each with the position to resume from.
 
-Every rank cuts the same global batches and takes its share (:func:`slice_bounds`, :func:`deal`).
-Nothing is shuffled: the order is part of the contract, and a resumed stream gives bit-identical
-batches.
+Every rank cuts the same global batches and takes its slice (:func:`slice_bounds`). Nothing is
+shuffled: the order is part of the contract, and a resumed stream gives bit-identical batches.
 """
 
 from __future__ import annotations
@@ -115,33 +114,6 @@ def slice_bounds(num_events: int, rank: int, world_size: int) -> tuple[int, int]
             "There is no such rank.", got=rank, expected=f"0 to {world_size - 1} (world size)"
         )
     return rank * num_events // world_size, (rank + 1) * num_events // world_size
-
-
-def deal(work_B: Int64s, world_size: int) -> Int64s | None:
-    """An order of a batch's events in which the slices of the ranks have about the same work.
-
-    Events are dealt from the heaviest to the lightest, in turn to the first rank and to the last
-    one first. A step lasts as long as its slowest rank, and time-ordered events are alike: slices
-    of consecutive ones differ.
-
-    Args:
-        work_B: what each event costs.
-        world_size: W.
-
-    Returns:
-        (B,) int64: the slice of rank r are the events that stand in ``slice_bounds`` of it. None
-        for the batch's own order: where all events cost the same, and in a last batch that is
-        not a multiple of W.
-    """
-    if world_size == 1 or len(work_B) % world_size or work_B.size == 0:
-        return None
-    if work_B.min() == work_B.max():
-        return None
-    # Sixteen bits are sorted by counting.
-    lightness_B = -np.minimum(work_B, np.iinfo(np.int16).max).astype(np.int16)
-    rounds = np.argsort(lightness_B, kind="stable").reshape(-1, world_size)
-    rounds[1::2] = rounds[1::2, ::-1].copy()
-    return rounds.T.reshape(-1)
 
 
 def whole_batches(span: Span, batch_size: int) -> Span:

@@ -297,9 +297,7 @@ class Evaluator:
         with self.clock("encode"):
             representations = self.model.represent(inputs)
         with self.clock("exchange"):
-            user_BD, item_BD = self.exchange.gather_batch(
-                representations, len(batch), loaded.order_B
-            )
+            user_BD, item_BD = self.exchange.gather_batch(representations, len(batch))
         # Nothing scores above a NaN: such an event would count as ranked perfectly.
         if not bool(user_BD.isfinite().all() & item_BD.isfinite().all()):
             raise TrainingError(

@@ -8,13 +8,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from felrec_dist.data.dataset import Int64s
 from felrec_dist.data.stream import slice_bounds
 from felrec_dist.errors import TrainingError
 from felrec_dist.training.world import World
@@ -27,18 +25,16 @@ class Exchange:
         self.world = world
         self._gathered_bytes = 0
 
-    def gather_batch(
-        self, parts_bd: Sequence[Tensor], num_events: int, order_B: Int64s | None = None
-    ) -> list[Tensor]:
+    def gather_batch(self, parts_bd: Sequence[Tensor], num_events: int) -> list[Tensor]:
         """Returns each part for the whole batch, (B, d) in event order, on all ranks.
 
         Args:
-            parts_bd, num_events, order_B: of ``begin_gather``.
+            parts_bd, num_events: of ``begin_gather``.
         """
-        return self.begin_gather(parts_bd, num_events, order_B)()
+        return self.begin_gather(parts_bd, num_events)()
 
     def begin_gather(
-        self, parts_bd: Sequence[Tensor], num_events: int, order_B: Int64s | None = None
+        self, parts_bd: Sequence[Tensor], num_events: int
     ) -> Callable[[], list[Tensor]]:
         """Sends this rank's parts, and returns at once a call that waits for ``gather_batch``.
 
@@ -48,8 +44,6 @@ class Exchange:
             parts_bd: tensors of this rank's slice, (b, d) of one dtype.
             num_events: B; rank r holds the slice that ``slice_bounds`` gives it, which may be
                 empty.
-            order_B: in which the slices follow one another, as ``deal`` gives it; None if it is
-                that of the events.
         """
         world_size = self.world.world_size
         if world_size == 1:
@@ -71,10 +65,6 @@ class Exchange:
                 whole = torch.cat(
                     [by_rank[rank, : stop - start] for rank, (start, stop) in enumerate(bounds)]
                 )
-            if order_B is not None:
-                place_B = np.empty_like(order_B)
-                place_B[order_B] = np.arange(len(order_B))
-                whole = whole.index_select(0, torch.from_numpy(place_B).to(whole.device))
             return list(whole.split([part.shape[1] for part in parts_bd], dim=1))
 
         return wait

@@ -13,9 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from felrec_dist.data.dataset import Int64s
 from felrec_dist.data.histories import HistoryReader
-from felrec_dist.data.stream import EventBatch, EventStream, StreamPosition, deal, slice_bounds
+from felrec_dist.data.stream import EventBatch, EventStream, StreamPosition, slice_bounds
 from felrec_dist.training.clock import PhaseClock
 from felrec_dist.training.representations import PlannedRows, Representations
 from felrec_dist.training.world import World
@@ -31,7 +30,6 @@ class LoadedBatch:
     Attributes:
         step: its number in the cache's life.
         batch: the events of all ranks.
-        order_B: as ``deal`` gives it to the ranks.
         mine: this rank's slice of them, in that order.
         rows: those that its histories name.
         next_position: the stream's after it.
@@ -39,7 +37,6 @@ class LoadedBatch:
 
     step: int
     batch: EventBatch
-    order_B: Int64s | None
     mine: EventBatch
     rows: PlannedRows
     next_position: int
@@ -121,13 +118,12 @@ class BatchLoader:
 
     def _prepare(self, step: int, batch: EventBatch, next_position: StreamPosition) -> LoadedBatch:
         start, stop = slice_bounds(len(batch), self.world.rank, self.world.world_size)
-        order_B = deal(self.histories.work(batch), self.world.world_size)
-        mine = batch.slice(start, stop) if order_B is None else batch.take(order_B[start:stop])
+        mine = batch.slice(start, stop)
         with self.clock("histories"):
             items_of_users, users_of_items = self.histories.read(mine)
         with self.clock("fetch"):
             rows = self.representations.plan(step, mine, items_of_users, users_of_items)
-        return LoadedBatch(step, batch, order_B, mine, rows, next_position.next_position)
+        return LoadedBatch(step, batch, mine, rows, next_position.next_position)
 
 
 def _until_end(ready: queue.Queue[LoadedBatch | BaseException | None]) -> Iterator[LoadedBatch]:

@@ -55,7 +55,7 @@ class TrainingStep:
             keys_2B = dropout_keys(self.seed, epoch, mine.position).to(self.world.device)
             output = self.forward(replace(inputs, dropout_keys_2B=keys_2B))
         with self.clock("exchange"):
-            gathered = self.exchange.begin_gather(output.exchanged(), len(batch), loaded.order_B)
+            gathered = self.exchange.begin_gather(output.exchanged(), len(batch))
         with self.clock("backward"):
             self.optimizer.zero_grad()
             output.loss.backward()

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
+import sys
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from cache_server.blocks import NEVER_WRITTEN, Blocks
+from cache_server.memory import take_pages, zeros
 
 HUGE_PAGE = 2**21
 
@@ -17,15 +21,17 @@ HUGE_PAGE = 2**21
 )
 def test_a_new_block_is_empty(block_shift: int, num_words: int) -> None:
     blocks = Blocks(block_shift, num_words)
-    for number in range(3):
+    # The last of them are made ahead, where blocks are large.
+    for number in range(12):
         blocks.append()
         assert blocks[number].shape == (2**block_shift, num_words)
         assert not blocks[number].any()
         blocks[number][:] = number + 1
         assert blocks.addresses[number] == blocks[number].ctypes.data
-    assert [int(blocks[number].max()) for number in range(3)] == [1, 2, 3], "none is another's"
+    filled = [int(blocks[number].max()) for number in range(12)]
+    assert filled == list(range(1, 13)), "none is another's"
     versions = blocks.version_addresses
-    assert len(set(versions.tolist())) == 3
+    assert len(set(versions.tolist())) == 12
     assert NEVER_WRITTEN < 0
 
 
@@ -47,3 +53,61 @@ def test_no_memory_is_a_memory_error(monkeypatch: pytest.MonkeyPatch) -> None:
         blocks.append()
     assert len(blocks) == 0
     assert blocks.addresses.dtype == np.int64
+
+
+def test_the_next_block_of_a_table_that_has_grown_counts() -> None:
+    blocks = Blocks(14, 32)
+    for _ in range(7):
+        blocks.append()
+    assert blocks.memory_bytes == 7 * blocks.block_nbytes
+    blocks.append()
+    assert blocks.memory_bytes == 9 * blocks.block_nbytes
+    blocks.replace_oldest(np.zeros_like(blocks[0]))
+    blocks.append()
+    assert blocks.memory_bytes == 9 * blocks.block_nbytes + 2**14 * 8
+
+
+def test_a_next_block_that_found_no_memory_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = Blocks(14, 32)
+    for _ in range(8):
+        blocks.append()
+
+    def refuse(nbytes: int) -> NDArray[np.uint8]:
+        raise MemoryError(nbytes)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("cache_server.blocks.zeros", refuse)
+        with pytest.raises(MemoryError, match="a block of 16384 rows"):
+            _append(blocks, 3)  # one or two were made before
+    num_blocks = len(blocks)
+    assert num_blocks == len(blocks.addresses) >= 8
+    blocks.append()
+    assert len(blocks) == num_blocks + 1
+    assert not blocks[num_blocks].any()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="another system has other calls")
+def test_pages_are_there_when_they_were_taken() -> None:
+    memory = zeros(3 * HUGE_PAGE + 5)
+    assert _resident_share(memory) == 0.0
+    take_pages(memory)
+    assert _resident_share(memory) == 1.0
+    assert not memory.any()
+
+
+def _append(blocks: Blocks, num_blocks: int) -> None:
+    for _ in range(num_blocks):
+        blocks.append()
+
+
+def _resident_share(memory: NDArray[np.uint8]) -> float:
+    """Of the pages that begin in it."""
+    start = -(-memory.ctypes.data // mmap.PAGESIZE) * mmap.PAGESIZE
+    nbytes = memory.ctypes.data + memory.nbytes - start
+    pages = np.zeros(-(-nbytes // mmap.PAGESIZE), np.uint8)
+    libc = ctypes.CDLL(None, use_errno=True)
+    refused = libc.mincore(
+        ctypes.c_void_p(start), ctypes.c_size_t(nbytes), ctypes.c_void_p(pages.ctypes.data)
+    )
+    assert not refused, ctypes.get_errno()
+    return float((pages & 1).mean())

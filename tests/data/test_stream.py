@@ -16,7 +16,6 @@ from felrec_dist.data.stream import (
     EventBatch,
     EventStream,
     StreamPosition,
-    deal,
     slice_bounds,
     whole_batches,
 )
@@ -162,35 +161,6 @@ def test_slices_cover_a_batch_in_rank_order(num_events: int, world_size: int) ->
 def test_no_such_rank(rank: int) -> None:
     with pytest.raises(ConfigError, match=f"no such rank.\n  got: {rank}"):
         slice_bounds(10, rank, 2)
-
-
-@pytest.mark.parametrize("world_size", [2, 3, 8, 64])
-def test_ranks_are_dealt_equal_work(world_size: int) -> None:
-    generator = np.random.default_rng(world_size)
-    # In time order work is uneven: the second half costs half as much.
-    work = np.repeat([128, 64], 24 * world_size) - generator.integers(0, 64, 48 * world_size)
-    order = deal(work, world_size)
-    assert order is not None
-    assert sorted(order.tolist()) == list(range(len(work)))
-    shares = work[order].reshape(world_size, -1).sum(axis=1)
-    assert shares.max() - shares.min() <= work.max(), "rounds of two even each other out"
-    assert work.reshape(world_size, -1).sum(axis=1).max() > 1.2 * shares.max()
-    again = deal(work, world_size)
-    assert again is not None
-    assert again.tolist() == order.tolist()
-
-
-def test_the_deal_of_a_small_batch() -> None:
-    order = deal(np.array([0, 9, 3, 7, 5, 5, 1, 40_000]), 2)
-    assert order is not None
-    assert order.tolist() == [7, 4, 5, 0, 1, 3, 2, 6]
-
-
-@pytest.mark.parametrize(
-    ("work", "world_size"), [([1, 2, 3, 4], 1), ([1, 2, 3], 2), ([5, 5, 5, 5], 2), ([], 2)]
-)
-def test_some_batches_keep_their_order(work: list[int], world_size: int) -> None:
-    assert deal(np.array(work, dtype=np.int64), world_size) is None
 
 
 def test_a_slice_keeps_its_positions(dataset: PreparedDataset) -> None:

@@ -256,10 +256,7 @@ class ToyRank:
             inputs.users_of_items_BSD, inputs.items.lengths_B, positions, ITEM, epoch
         )
         slices = self.ranks.all_gather(self.rank, torch.cat([user_bD, item_bD], dim=1))
-        dealt = torch.cat(slices)
-        rows = torch.empty_like(dealt)
-        rows[slice(None) if loaded.order_B is None else torch.from_numpy(loaded.order_B)] = dealt
-        user_BD, item_BD = rows.split(D, dim=1)
+        user_BD, item_BD = torch.cat(slices).split(D, dim=1)
         self.representations.write_back(loaded.step, loaded.batch, user_BD, item_BD)
         return torch.cat([user_BD, item_BD], dim=1)
 
