@@ -4,12 +4,12 @@ compiled code finds them.
 
 from __future__ import annotations
 
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 
 import numpy as np
 
 from cache_server.hashing import Int64s, UInt64s
-from cache_server.memory import HUGE_PAGE_BYTES, take_pages, zeros
+from cache_server.memory import HUGE_PAGE_BYTES, maker, take_pages, zeros
 from cache_server.messages import WORD_BYTES
 
 NEVER_WRITTEN = -1
@@ -17,14 +17,12 @@ NEVER_WRITTEN = -1
 
 # With so many blocks in memory the next one is made ready; a smaller table takes what it uses.
 _BLOCKS_BEFORE_NEXT = 8
-_makers = ThreadPoolExecutor(1, thread_name_prefix="blocks")
 
 
 class Blocks:
     """Blocks are appended and never copied, but for those that leave memory: the oldest first.
 
-    The next block of a table that has grown is made by a thread, pages and all: the system takes
-    longer to give memory than a write takes to use it.
+    The next block of a table that has grown is made ahead of its use, by a thread.
 
     Args:
         block_shift: a block has ``2 ** block_shift`` rows.
@@ -97,7 +95,7 @@ class Blocks:
         self.version_addresses = np.append(self.version_addresses, versions.ctypes.data)
         is_large = len(self) - self.num_spilled >= _BLOCKS_BEFORE_NEXT
         if is_large and self.rows_nbytes >= HUGE_PAGE_BYTES:
-            self._next = _makers.submit(
+            self._next = maker.submit(
                 _empty_block, self.block_rows, self._num_words, takes_pages=True
             )
 

@@ -13,6 +13,7 @@ a key on average.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import Future
 
 import numpy as np
 from numba import carray, njit
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 from cache_server.addresses import int32_pointer
 from cache_server.errors import CacheError
 from cache_server.hashing import Int32s, Int64s, mix, read_only
-from cache_server.memory import zeros
+from cache_server.memory import maker, take_pages, zeros
 
 MAX_ROWS = 2**31 - 2
 """A slot holds row + 1 in an int32."""
@@ -34,8 +35,15 @@ _SLOT_SHIFT = np.uint64(8)
 _SLOT_MASK = np.uint64(0xFFFFFFFF)
 _FAST_RANGE_SHIFT = np.uint64(32)
 _SLOT_WORDS = 3
+_SLOT_BYTES = 4 * _SLOT_WORDS
 _SMALLEST_CAPACITY = 16
 _WINDOW_ROWS = 2**22
+
+# A sub-table doubles before it is fuller than this. A large one has its next slots made a little
+# earlier.
+_FULL = 3 / 4
+_NEARLY_FULL = 0.73
+_MADE_AHEAD_BYTES = 2**19
 
 
 @njit(nogil=True, cache=True, inline="always")
@@ -159,14 +167,17 @@ class IdIndex:
         self._sizes = np.zeros(_NUM_SUB_TABLES, np.int64)
         self._sub_tables = [_empty_slots(int(capacity)) for capacity in self._capacities]
         self._addresses = np.array([slots.ctypes.data for slots in self._sub_tables], np.int64)
+        # The next slots of sub-tables that are nearly full, by sub-table: made by a thread.
+        self._next: dict[int, Future[Int32s]] = {}
 
     def __len__(self) -> int:
         return self._num_rows
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated."""
-        return int(self._capacities.sum()) * _SLOT_WORDS * 4
+        """Bytes allocated, for sub-tables that will double, too."""
+        next_capacity = sum(self._doubled(sub) for sub in self._next)
+        return (int(self._capacities.sum()) + next_capacity) * _SLOT_BYTES
 
     def lookup(self, keys: Int64s) -> Int32s:
         """The row of each key, (M,); -1 for a key that was never inserted."""
@@ -201,15 +212,18 @@ class IdIndex:
         """
         if self._num_rows + keys.size > self.max_rows:
             self._check_room(keys)
-        full = self._too_small_for(keys)
-        if not full.any():
-            return
-        # Keys that occur twice or are known need no room.
-        keys = _keys_of_sub_tables(read_only(keys), full)
-        keys = np.unique(keys[self.lookup(keys) < 0])
-        while (full := self._too_small_for(keys)).any():
-            for sub in np.flatnonzero(full):
-                self._double(int(sub))
+        full = self._is_beyond(_FULL, keys)
+        if full.any():
+            # Keys that occur twice or are known need no room.
+            keys = _keys_of_sub_tables(read_only(keys), full)
+            keys = np.unique(keys[self.lookup(keys) < 0])
+            while (full := self._is_beyond(_FULL, keys)).any():
+                for sub in np.flatnonzero(full).tolist():
+                    self._double(sub)
+        for sub in np.flatnonzero(self._is_beyond(_NEARLY_FULL, keys)).tolist():
+            capacity = self._doubled(sub)
+            if sub not in self._next and capacity * _SLOT_BYTES >= _MADE_AHEAD_BYTES:
+                self._next[sub] = maker.submit(_empty_slots, capacity, takes_pages=True)
 
     def items(
         self, chunk_rows: int = 65_536, chosen: NDArray[np.bool_] | None = None
@@ -234,20 +248,24 @@ class IdIndex:
                 chunk = rows[start : start + chunk_rows]
                 yield keys[chunk - first], chunk
 
-    def _too_small_for(self, new_keys: Int64s) -> NDArray[np.bool_]:
-        """Which sub-tables would be more than 3/4 full."""
+    def _is_beyond(self, share: float, new_keys: Int64s) -> NDArray[np.bool_]:
+        """Which sub-tables would be fuller than that."""
         sizes = self._sizes + _count_by_sub_table(read_only(new_keys))
-        return 4 * sizes > 3 * self._capacities
+        return sizes > share * self._capacities
+
+    def _doubled(self, sub: int) -> int:
+        """The next capacity of a sub-table."""
+        return int(self._fine_capacities[sub] * 2)
 
     def _double(self, sub: int) -> None:
-        fine_capacity = self._fine_capacities[sub] * 2
-        capacity = int(fine_capacity)
+        capacity = self._doubled(sub)
+        made = self._next.pop(sub, None)
         try:
-            slots = _empty_slots(capacity)
+            slots = _empty_slots(capacity) if made is None else made.result()
         except MemoryError as error:
-            raise MemoryError(f"{capacity * _SLOT_WORDS * 4} bytes for the id index") from error
+            raise MemoryError(f"{capacity * _SLOT_BYTES} bytes for the id index") from error
         _rehash(self._sub_tables[sub], slots)
-        self._fine_capacities[sub] = fine_capacity
+        self._fine_capacities[sub] *= 2
         self._sub_tables[sub] = slots
         self._addresses[sub] = slots.ctypes.data
         self._capacities[sub] = capacity
@@ -263,6 +281,8 @@ class IdIndex:
             )
 
 
-def _empty_slots(capacity: int) -> Int32s:
-    nbytes = capacity * _SLOT_WORDS * np.dtype(np.int32).itemsize
-    return zeros(nbytes).view(np.int32).reshape(capacity, _SLOT_WORDS)
+def _empty_slots(capacity: int, *, takes_pages: bool = False) -> Int32s:
+    memory = zeros(capacity * _SLOT_BYTES)
+    if takes_pages:
+        take_pages(memory)
+    return memory.view(np.int32).reshape(capacity, _SLOT_WORDS)

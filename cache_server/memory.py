@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import numpy as np
@@ -14,6 +15,11 @@ HUGE_PAGE_BYTES = 2**21
 
 # Of madvise(2), since Linux 5.14; Python has no name for it.
 _MADV_POPULATE_WRITE = 23
+
+maker = ThreadPoolExecutor(1, thread_name_prefix="cache memory")
+"""Makes what a growing table will need next: the system takes longer to give memory than a write
+takes to use it.
+"""
 
 
 def zeros(nbytes: int) -> NDArray[np.uint8]:

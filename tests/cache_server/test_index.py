@@ -166,3 +166,34 @@ def test_the_last_row_number_fits_and_the_next_is_an_error() -> None:
 def _all_items(index: IdIndex) -> list[tuple[int, int]]:
     pairs: list[tuple[NDArray[np.int64], NDArray[np.int32]]] = list(index.items(3))
     return [(int(k), int(r)) for keys, rows in pairs for k, r in zip(keys, rows, strict=True)]
+
+
+def test_slots_that_were_made_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = np.random.default_rng(0).integers(-(2**63), 2**63, 60_000)
+    plain, ahead = IdIndex(), IdIndex()
+    num_ahead = 0
+    for part in np.split(keys, 600):
+        monkeypatch.setattr("cache_server.index._MADE_AHEAD_BYTES", 2**60)
+        expected = plain.insert(part)
+        monkeypatch.setattr("cache_server.index._MADE_AHEAD_BYTES", 0)
+        assert np.array_equal(ahead.insert(part), expected)
+        assert plain.nbytes <= ahead.nbytes <= 1.2 * plain.nbytes
+        num_ahead += ahead.nbytes > plain.nbytes
+    assert num_ahead > 300
+    assert np.array_equal(ahead.lookup(keys), plain.lookup(keys))
+
+
+def test_slots_that_found_no_memory_ahead_are_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(nbytes: int) -> NDArray[np.uint8]:
+        raise MemoryError(nbytes)
+
+    monkeypatch.setattr("cache_server.index._MADE_AHEAD_BYTES", 0)
+    index, keys = IdIndex(), np.arange(3_000)
+    index.insert(keys[:1_000])
+    with monkeypatch.context() as patch:
+        patch.setattr("cache_server.index.zeros", refuse)
+        with pytest.raises(MemoryError, match="bytes for the id index"):
+            index.insert(keys)
+        assert len(index) == 1_000
+    index.insert(keys)
+    assert np.array_equal(index.lookup(keys), np.arange(3_000))
