@@ -2,6 +2,8 @@
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
+# Where the time went, at the end of each part.
+SLOWEST := --durations 12
 
 .PHONY: setup demo test test-slow chaos lint
 setup: $(INSTALLED)
@@ -21,11 +23,12 @@ demo: $(INSTALLED)
 
 # Tests that start Ray, which takes all cores by itself, one after the other; the others two at a time.
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not ray" --numprocesses 2 --dist loadfile
-	$(BIN)/python -m pytest -m "not slow and ray"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not ray" --numprocesses 2 --dist loadfile $(SLOWEST)
+	$(BIN)/python -m pytest -m "not slow and ray" $(SLOWEST)
 
 test-slow: $(INSTALLED)
-	$(BIN)/python -m pytest -m slow --ignore tests/chaos
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not ray" --numprocesses 2 $(SLOWEST)
+	$(BIN)/python -m pytest -m "slow and ray" --ignore tests/chaos $(SLOWEST)
 	$(BIN)/python -m pytest -m slow tests/chaos
 
 # Kills processes of trainings, over and over: about half an hour; CHAOS="--minutes 600 --runs 40".
