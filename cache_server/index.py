@@ -19,7 +19,7 @@ import numpy as np
 from numba import carray, njit
 from numpy.typing import NDArray
 
-from cache_server.addresses import int32_pointer, touch
+from cache_server.addresses import int32_pointer
 from cache_server.errors import CacheError
 from cache_server.hashing import Int32s, Int64s, mix, read_only
 from cache_server.memory import maker, take_pages, zeros
@@ -38,7 +38,6 @@ _SLOT_WORDS = 3
 _SLOT_BYTES = 4 * _SLOT_WORDS
 _SMALLEST_CAPACITY = 16
 _WINDOW_ROWS = 2**22
-_KEYS_AHEAD = 16
 
 # A sub-table doubles before it is fuller than this. A large one has its next slots made a little
 # earlier.
@@ -54,20 +53,10 @@ def _first_slot(hash_, capacity):  # type: ignore[no-untyped-def]
     return np.int64((bits * np.uint64(capacity)) >> _FAST_RANGE_SHIFT)
 
 
-@njit(nogil=True, cache=True, inline="always")
-def _touch_slot(keys, i, addresses, capacities):  # type: ignore[no-untyped-def]
-    """Asks for the slot of a key that is ``_KEYS_AHEAD`` of the i-th."""
-    if i + _KEYS_AHEAD < keys.size:
-        hash_ = mix(keys[i + _KEYS_AHEAD])
-        sub = np.int64(hash_ & _SUB_TABLE_MASK)
-        touch(addresses[sub] + _SLOT_BYTES * _first_slot(hash_, capacities[sub]), 1)
-
-
 @njit(nogil=True, cache=True)
 def _lookup(keys, addresses, capacities):  # type: ignore[no-untyped-def]
     rows = np.empty(keys.size, np.int32)
     for i in range(keys.size):
-        _touch_slot(keys, i, addresses, capacities)
         hash_ = mix(keys[i])
         low = np.int32(keys[i])
         high = np.int32(keys[i] >> 32)
@@ -87,7 +76,6 @@ def _lookup(keys, addresses, capacities):  # type: ignore[no-untyped-def]
 def _insert(keys, rows, addresses, capacities, sizes, num_rows):  # type: ignore[no-untyped-def]
     """Inserts ``keys``, for which there is room; returns the number of rows."""
     for i in range(keys.size):
-        _touch_slot(keys, i, addresses, capacities)
         hash_ = mix(keys[i])
         low = np.int32(keys[i])
         high = np.int32(keys[i] >> 32)

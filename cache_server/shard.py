@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import numpy as np
 from numba import carray, njit
 
-from cache_server.addresses import int64_pointer, touch, uint64_pointer
+from cache_server.addresses import int64_pointer, uint64_pointer
 from cache_server.blocks import NEVER_WRITTEN, Blocks
 from cache_server.cuts import NO_VERSION, CutLog
 from cache_server.errors import CacheError
@@ -59,7 +59,6 @@ _PRIME_1 = np.uint64(0x9FB21C651E98DF25)
 _PRIME_2 = np.uint64(0xD6E8FEB86659FD93)
 _ROTATE_LEFT = np.uint64(31)
 _ROTATE_RIGHT = np.uint64(33)
-_ROWS_AHEAD = 8
 
 
 @njit(nogil=True, cache=True)
@@ -67,10 +66,6 @@ def _read_rows(rows, places, addresses, block_shift, out, found):  # type: ignor
     block_rows = 1 << block_shift
     num_words = out.shape[1]
     for i in range(rows.size):
-        if i + _ROWS_AHEAD < rows.size and rows[i + _ROWS_AHEAD] >= 0:
-            row = np.int64(rows[i + _ROWS_AHEAD])
-            offset = (row & (block_rows - 1)) * num_words * WORD_BYTES
-            touch(addresses[row >> block_shift] + offset, num_words * WORD_BYTES)
         row = np.int64(rows[i])
         to = places[i]
         found[to] = row >= 0
