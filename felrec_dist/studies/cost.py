@@ -13,7 +13,8 @@ of threads work beside each other, and the slowest sets the pace (seconds)::
                finding rows   u * plan_row, in the hot tier's index
                fetch          call + S * message + m * row_bytes / fetch_bandwidth
     writer     write           S / W * message + written_bytes / W / fetch_bandwidth
-    shard      serve          2 W * message + (W * m + written) * row_bytes / S / fetch_bandwidth
+    shard      serve          (W + 1) * message: a fetch of each worker and the step's write;
+                              (W * m + written) * row_bytes / S / fetch_bandwidth
     processors                (trainer without collectives + loader + writer) * W / cores
 
     step = the largest of these five
@@ -231,7 +232,7 @@ class CostModel:
         }
         served_rows = num_workers * missed_rows + written_rows
         shard = {
-            "serving rows": 2 * num_workers * c.message_s
+            "serving rows": (num_workers * bool(missed_rows) + 1) * c.message_s
             + served_rows / num_shards * w.row_bytes * c.fetch_byte_s
         }
         busy = {**trainer, **loader, **writer}

@@ -97,8 +97,8 @@ NOTHING = Constants(**dict.fromkeys(asdict(TRUTH), 0.0))
         ({"history_event_s": 1.0}, 128.0, "cutting histories"),
         ({"plan_row_s": 1.0}, 256.0, "finding rows"),
         ({"call_s": 1.0}, 1.0, "fetching"),
-        # Eight messages to and from four workers keep a shard busy for longer than one waits.
-        ({"message_s": 1.0}, 8.0, "serving rows"),
+        # Four fetches and a write keep a shard busy for longer than one worker waits.
+        ({"message_s": 1.0}, 5.0, "serving rows"),
         # A shard serves half of 4 * 64 read and 512 written rows; two writers send 256 each.
         ({"fetch_byte_s": 1.0}, (4 * 64 + 512) / 2 * 10, "serving rows"),
     ],
