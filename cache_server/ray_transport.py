@@ -19,6 +19,7 @@ from ray.exceptions import (
     GetTimeoutError,
     OutOfMemoryError,
     RayActorError,
+    RaySystemError,
     RayTaskError,
 )
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -372,7 +373,9 @@ def is_alive(name: str, namespace: str | None = None) -> bool:
 def destroy_shard_actors(handles: ShardHandles) -> None:
     """Ends the shards, and with them the rows they hold."""
     for actor in handles.actors:
-        ray.kill(actor)
+        # One that Ray gave up before it ran is gone, and cannot be killed.
+        with suppress(RaySystemError):
+            ray.kill(actor)
 
 
 class RayTransport:

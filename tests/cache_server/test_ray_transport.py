@@ -286,6 +286,20 @@ def test_a_cache_with_a_dead_shard_is_not_handed_out(session: None) -> None:
     wait_until_ended("half")
 
 
+def test_what_ray_gave_up_before_it_ran_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The words of the failure that made its creator give up must not be lost."""
+    killed = []
+
+    def kill(actor: object) -> None:
+        killed.append(actor)
+        raise ray.exceptions.RaySystemError("Actor creation cancelled.")
+
+    monkeypatch.setattr(ray, "kill", kill)
+    handles = ShardHandles(("first", "second"), {})
+    destroy_shard_actors(handles)
+    assert killed == ["first", "second"]
+
+
 def test_a_shard_that_has_not_started_is_waited_for_with_a_limit(session: None) -> None:
     # Two CPUs: the second shard finds no place.
     start = partial(create_shard_actors, TABLES, 2, num_cpus=2, timeout_s=60)
