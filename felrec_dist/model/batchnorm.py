@@ -28,56 +28,56 @@ class WholeBatchNorm(nn.BatchNorm1d):
     def forward(self, x_bD: Tensor) -> Tensor:
         if not (self.training and num_ranks() > 1):
             return super().forward(x_bD)
-        y_bD, mean_D, variance_D, num_rows = _WholeBatchNorm.apply(  # type: ignore[no-untyped-call]
+        y_bD, mean_D, variance_D, num_rows_D = _WholeBatchNorm.apply(  # type: ignore[no-untyped-call]
             x_bD, self.weight, self.bias, self.eps
         )
-        self._update_running_statistics(mean_D, variance_D, num_rows)
+        self._update_running_statistics(mean_D, variance_D, num_rows_D)
         return cast(Tensor, y_bD)
 
     @torch.no_grad()
-    def _update_running_statistics(self, mean_D: Tensor, variance_D: Tensor, num_rows: int) -> None:
+    def _update_running_statistics(
+        self, mean_D: Tensor, variance_D: Tensor, num_rows_D: Tensor
+    ) -> None:
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
         assert self.momentum is not None
         self.num_batches_tracked.add_(1)
         self.running_mean.lerp_(mean_D, self.momentum)
-        self.running_var.lerp_(variance_D * (num_rows / (num_rows - 1)), self.momentum)
+        self.running_var.lerp_(variance_D * (num_rows_D / (num_rows_D - 1)), self.momentum)
 
 
 class _WholeBatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x_bD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor, Tensor, int]:
-        mean_D, variance_D, num_rows = _whole_batch_moments(x_bD)
-        if num_rows < 2:
-            raise ValueError(
-                f"batch normalisation needs 2 rows or more in the batch, got {num_rows}"
-            )
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        mean_D, variance_D, num_rows_D = _whole_batch_moments(x_bD)
         inverse_std_D = torch.rsqrt(variance_D + eps)
         normalised_bD = (x_bD - mean_D) * inverse_std_D
-        ctx.save_for_backward(normalised_bD, weight_D, inverse_std_D)
-        ctx.num_rows = num_rows
-        ctx.mark_non_differentiable(mean_D, variance_D)
-        return normalised_bD * weight_D + bias_D, mean_D, variance_D, num_rows
+        ctx.save_for_backward(normalised_bD, weight_D, inverse_std_D, num_rows_D)
+        ctx.mark_non_differentiable(mean_D, variance_D, num_rows_D)
+        return normalised_bD * weight_D + bias_D, mean_D, variance_D, num_rows_D
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, Tensor, Tensor, None]:
         gradient_bD: Tensor = gradients[0]
-        normalised_bD, weight_D, inverse_std_D = ctx.saved_tensors
+        normalised_bD, weight_D, inverse_std_D, num_rows_D = ctx.saved_tensors
         bias_gradient_D = gradient_bD.sum(dim=0)
         weight_gradient_D = (gradient_bD * normalised_bD).sum(dim=0)
         sums_2D = gather_ranks(torch.stack([bias_gradient_D, weight_gradient_D])).sum(dim=0)
-        mean_gradient_D, mean_projection_D = sums_2D / ctx.num_rows
+        mean_gradient_D, mean_projection_D = sums_2D / num_rows_D
         x_gradient_bD = (gradient_bD - mean_gradient_D - normalised_bD * mean_projection_D) * (
             weight_D * inverse_std_D
         )
         return x_gradient_bD, weight_gradient_D, bias_gradient_D, None
 
 
-def _whole_batch_moments(x_bD: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Returns mean (D,), biased variance (D,) and number of rows of the whole batch."""
+def _whole_batch_moments(x_bD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns mean, biased variance and number of rows of the whole batch, (D,) each.
+
+    The number stays on the device: to read it would have the host wait at every step.
+    """
     num_local = x_bD.shape[0]
     # A rank with an empty slice contributes zeros and a count of 0.
     mean_D = x_bD.sum(dim=0) / max(1, num_local)
@@ -86,7 +86,11 @@ def _whole_batch_moments(x_bD: Tensor) -> tuple[Tensor, Tensor, int]:
     moments_W3D = gather_ranks(torch.stack([mean_D, deviation_D, count_D]))
     means_WD, deviations_WD, counts_WD = moments_W3D.unbind(dim=1)
     total_D = counts_WD.sum(dim=0)
+    if num_local < 2 and total_D[0] < 2:
+        raise ValueError(
+            f"batch normalisation needs 2 rows or more in the batch, got {int(total_D[0])}"
+        )
     mean_D = (means_WD * counts_WD).sum(dim=0) / total_D
     between_D = (counts_WD * (means_WD - mean_D).square()).sum(dim=0)
     variance_D = (deviations_WD.sum(dim=0) + between_D) / total_D
-    return mean_D, variance_D, int(total_D[0].item())
+    return mean_D, variance_D, total_D

@@ -7,15 +7,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from felrec_dist.data.dataset import PreparedDataset
 from felrec_dist.data.stream import EventStream
+from felrec_dist.model.dropout import dropout_keys
+from felrec_dist.model.felrec import EncoderInputs, ModelConfig, build_model
+from felrec_dist.model.packing import pack
 from felrec_dist.training.loader import LoadedBatch
 from felrec_dist.training.trainer import Trainer
 from tests import tiny
+from tests.ranks import run_on_ranks
 
 aten = torch.ops.aten
 READS_A_RESULT = {
@@ -61,6 +66,26 @@ def test_nothing_waits_for_a_result(
 
     with tiny.build_trainer(config, dataset) as trainer:
         each_step(trainer, tiny.BATCH, step)
+
+
+@pytest.mark.parametrize("variant", ["felrec-q", "felrec-p"])
+def test_nothing_waits_for_a_result_between_ranks(
+    dataset: PreparedDataset, tmp_path: Path, variant: str
+) -> None:
+    config = tiny.experiment(dataset.url, str(tmp_path), {"model": {"variant": variant}})
+    run_on_ranks(2, tmp_path, forward_and_backward, config.felrec)
+
+
+def forward_and_backward(config: ModelConfig) -> None:
+    model = build_model(config).train()
+    history_length = config.encoder.history_length
+    lengths_B = np.arange(6) % (history_length + 1)
+    packing = pack(lengths_B, history_length, 0)
+    rows_BSD = torch.randn(len(lengths_B), history_length, config.encoder.width)
+    keys_2B = dropout_keys(0, 0, np.arange(len(lengths_B)))
+    inputs = EncoderInputs(rows_BSD, packing, rows_BSD, packing, dropout_keys_2B=keys_2B)
+    with NoSynchronisation():  # type: ignore[no-untyped-call]
+        model(inputs).loss.backward()
 
 
 def test_calls_do_not_grow_with_the_batch(dataset: PreparedDataset, tmp_path: Path) -> None:
