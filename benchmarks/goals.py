@@ -71,13 +71,13 @@ class Outcome:
     Attributes:
         measure, goal: of the row.
         ratio: the worst of the ratios that belong to it; None where none was measured.
-        holds: whether the ratio keeps the goal.
+        holds: whether the ratio keeps the goal; None where the machine lacks what is compared with.
     """
 
     measure: str
     goal: str
     ratio: float | None
-    holds: bool
+    holds: bool | None
 
 
 def outcomes(reports: Sequence[Report], goals: Sequence[Goal] = GOALS) -> list[Outcome]:
@@ -95,7 +95,7 @@ def _outcome(goal: Goal, reports: Sequence[Report]) -> Outcome:
     ]
     text = f"{'<=' if goal.is_upper else '>='} {goal.limit:g}"
     if not values:
-        return Outcome(goal.measure, text, None, goal.may_be_absent)
+        return Outcome(goal.measure, text, None, None if goal.may_be_absent else False)
     if goal.is_upper:
         return Outcome(goal.measure, text, max(values), max(values) <= goal.limit)
     return Outcome(goal.measure, text, min(values), min(values) >= goal.limit)
@@ -111,7 +111,8 @@ def show(found: Sequence[Outcome], console: Console) -> None:
     table = Table("measure", "ratio", "goal", "holds", box=None)
     for outcome in found:
         ratio = "not measured" if outcome.ratio is None else f"{outcome.ratio:.3g}"
-        table.add_row(outcome.measure, ratio, outcome.goal, "yes" if outcome.holds else "NO")
+        holds = {True: "yes", False: "NO", None: "-"}[outcome.holds]
+        table.add_row(outcome.measure, ratio, outcome.goal, holds)
     console.print(table)
 
 

@@ -79,5 +79,5 @@ def benchmark(
         if goals:
             facts["goals"] = goal_table.to_rows(outcomes)
         typer.echo(json.dumps(facts, indent=1))
-    if not all(outcome.holds for outcome in outcomes):
+    if any(outcome.holds is False for outcome in outcomes):
         raise typer.Exit(1)

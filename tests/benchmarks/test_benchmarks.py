@@ -116,11 +116,11 @@ def report(name: str, *ratios: tuple[str, float]) -> Report:
             None,
             False,
         ),
-        (OPTIONAL, [report("cache", ("fetch", 20.0))], None, True),
+        (OPTIONAL, [report("cache", ("fetch", 20.0))], None, None),
     ],
 )
 def test_a_goal_takes_the_worst_of_its_ratios(
-    goal: Goal, reports: list[Report], ratio: float | None, holds: bool
+    goal: Goal, reports: list[Report], ratio: float | None, holds: bool | None
 ) -> None:
     (outcome,) = goals.outcomes(reports, [goal])
     assert (outcome.ratio, outcome.holds) == (ratio, holds)
