@@ -67,6 +67,8 @@ def test_a_lost_node_is_replaced(cluster: Any, tmp_path: Path) -> None:
     said = Lines()
     store = CheckpointStore(config.run.url)
     train(undisturbed, timeout_s=TIMEOUT_S)
+    # Ray spreads over the nodes that have room: places of the first run come back a moment later.
+    wait_until(lambda: ray.available_resources().get("CPU") == NODES * NODE["num_cpus"])
 
     # Nodes can be started in the main thread only.
     with ThreadPoolExecutor(max_workers=1) as executor:
