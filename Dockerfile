@@ -11,7 +11,8 @@ ENV PATH=/opt/felrec/bin:$PATH \
     PIP_NO_CACHE_DIR=1 \
     NUMBA_CACHE_DIR=/home/felrec/.cache/numba
 
-# KubeRay's probes ask Ray with wget.
+# KubeRay's probes ask Ray with wget; Debian keeps only the newest version of a package, so none is pinned.
+# hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends wget \
     && rm -rf /var/lib/apt/lists/* \
@@ -31,7 +32,8 @@ COPY configs configs
 RUN EXTRAS=ray,s3,report,torchrec launch/install.sh /opt/felrec felrec \
     && python -m compileall -q felrec_dist cache_server benchmarks launch
 
-USER felrec
+# By number: Kubernetes' runAsNonRoot cannot look up a name.
+USER 1000:1000
 # Of a container on its own; Kubernetes has probes of its own and ignores it.
 HEALTHCHECK --interval=30s --timeout=20s CMD ["python", "-c", "import felrec_dist, cache_server"]
 CMD ["felrec", "--help"]

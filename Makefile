@@ -5,7 +5,7 @@ INSTALLED := $(VENV)/installed
 # Where the time went, at the end of each part.
 SLOWEST := --durations 12
 
-.PHONY: setup demo test test-slow chaos lint
+.PHONY: setup demo test test-slow chaos image lint
 setup: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml launch/install.sh launch/constraints.txt
@@ -35,7 +35,12 @@ test-slow: $(INSTALLED)
 chaos: $(INSTALLED)
 	$(BIN)/python -m tests.chaos $(CHAOS)
 
+# The Dockerfile's image, CPU, built without a Docker engine; as root, with Debian's buildah and debootstrap.
+image:
+	tests/launch/image.sh
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/hadolint Dockerfile

@@ -38,7 +38,7 @@ install_felrec() {
         pip tensordict pyre-extensions torchmetrics tqdm --constraint "$constraints"
         pip --no-deps torchrec fbgemm-gpu-cpu --constraint "$constraints"
     fi
-    pip --editable "$root[$extras]" --constraint "$constraints"
+    pip --editable "${root}[$extras]" --constraint "$constraints"
 }
 
 [ -x "$venv/bin/python" ] || python3 -m venv "$venv"
