@@ -16,7 +16,8 @@ ENV PATH=/opt/felrec/bin:$PATH \
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends wget \
     && rm -rf /var/lib/apt/lists/* \
-    && useradd --create-home --uid 1000 felrec
+    && groupadd --gid 1000 felrec \
+    && useradd --create-home --uid 1000 --gid 1000 felrec
 WORKDIR /app
 
 # PyTorch first: the largest layer, and the one that changes least.
@@ -32,7 +33,7 @@ COPY configs configs
 RUN EXTRAS=ray,s3,report,torchrec launch/install.sh /opt/felrec felrec \
     && python -m compileall -q felrec_dist cache_server benchmarks launch
 
-# By number: Kubernetes' runAsNonRoot cannot look up a name.
+# By number: where Kubernetes is told runAsNonRoot it does not look up a name.
 USER 1000:1000
 # Of a container on its own; Kubernetes has probes of its own and ignores it.
 HEALTHCHECK --interval=30s --timeout=20s CMD ["python", "-c", "import felrec_dist, cache_server"]

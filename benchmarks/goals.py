@@ -71,7 +71,7 @@ class Outcome:
     Attributes:
         measure, goal: of the row.
         ratio: the worst of the ratios that belong to it; None where none was measured.
-        holds: whether the ratio keeps the goal; None where the machine lacks what is compared with.
+        holds: whether the ratio keeps the goal; None where it was not measured and need not be.
     """
 
     measure: str
@@ -97,8 +97,8 @@ def _outcome(goal: Goal, reports: Sequence[Report]) -> Outcome:
     if not values:
         return Outcome(goal.measure, text, None, None if goal.may_be_absent else False)
     if goal.is_upper:
-        return Outcome(goal.measure, text, max(values), max(values) <= goal.limit)
-    return Outcome(goal.measure, text, min(values), min(values) >= goal.limit)
+        return Outcome(goal.measure, text, max(values), bool(max(values) <= goal.limit))
+    return Outcome(goal.measure, text, min(values), bool(min(values) >= goal.limit))
 
 
 def _belongs(ratio: Ratio, goal: Goal) -> bool:

@@ -28,15 +28,15 @@ class WholeBatchNorm(nn.BatchNorm1d):
     def forward(self, x_bD: Tensor) -> Tensor:
         if not (self.training and num_ranks() > 1):
             return super().forward(x_bD)
-        y_bD, mean_D, variance_D, num_rows_D = _WholeBatchNorm.apply(  # type: ignore[no-untyped-call]
+        y_bD, mean_D, variance_D, num_rows = _WholeBatchNorm.apply(  # type: ignore[no-untyped-call]
             x_bD, self.weight, self.bias, self.eps
         )
-        self._update_running_statistics(mean_D, variance_D, num_rows_D)
+        self._update_running_statistics(mean_D, variance_D, num_rows)
         return cast(Tensor, y_bD)
 
     @torch.no_grad()
     def _update_running_statistics(
-        self, mean_D: Tensor, variance_D: Tensor, num_rows_D: Tensor
+        self, mean_D: Tensor, variance_D: Tensor, num_rows: Tensor
     ) -> None:
         assert self.running_mean is not None
         assert self.running_var is not None
@@ -44,7 +44,7 @@ class WholeBatchNorm(nn.BatchNorm1d):
         assert self.momentum is not None
         self.num_batches_tracked.add_(1)
         self.running_mean.lerp_(mean_D, self.momentum)
-        self.running_var.lerp_(variance_D * (num_rows_D / (num_rows_D - 1)), self.momentum)
+        self.running_var.lerp_(variance_D * (num_rows / (num_rows - 1)), self.momentum)
 
 
 class _WholeBatchNorm(torch.autograd.Function):
@@ -52,21 +52,21 @@ class _WholeBatchNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x_bD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        mean_D, variance_D, num_rows_D = _whole_batch_moments(x_bD)
+        mean_D, variance_D, num_rows = _whole_batch_moments(x_bD)
         inverse_std_D = torch.rsqrt(variance_D + eps)
         normalised_bD = (x_bD - mean_D) * inverse_std_D
-        ctx.save_for_backward(normalised_bD, weight_D, inverse_std_D, num_rows_D)
-        ctx.mark_non_differentiable(mean_D, variance_D, num_rows_D)
-        return normalised_bD * weight_D + bias_D, mean_D, variance_D, num_rows_D
+        ctx.save_for_backward(normalised_bD, weight_D, inverse_std_D, num_rows)
+        ctx.mark_non_differentiable(mean_D, variance_D, num_rows)
+        return normalised_bD * weight_D + bias_D, mean_D, variance_D, num_rows
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, Tensor, Tensor, None]:
         gradient_bD: Tensor = gradients[0]
-        normalised_bD, weight_D, inverse_std_D, num_rows_D = ctx.saved_tensors
+        normalised_bD, weight_D, inverse_std_D, num_rows = ctx.saved_tensors
         bias_gradient_D = gradient_bD.sum(dim=0)
         weight_gradient_D = (gradient_bD * normalised_bD).sum(dim=0)
         sums_2D = gather_ranks(torch.stack([bias_gradient_D, weight_gradient_D])).sum(dim=0)
-        mean_gradient_D, mean_projection_D = sums_2D / num_rows_D
+        mean_gradient_D, mean_projection_D = sums_2D / num_rows
         x_gradient_bD = (gradient_bD - mean_gradient_D - normalised_bD * mean_projection_D) * (
             weight_D * inverse_std_D
         )
@@ -74,9 +74,9 @@ class _WholeBatchNorm(torch.autograd.Function):
 
 
 def _whole_batch_moments(x_bD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns mean, biased variance and number of rows of the whole batch, (D,) each.
+    """Returns mean (D,), biased variance (D,) and number of rows () of the whole batch.
 
-    The number stays on the device: to read it would have the host wait at every step.
+    The number stays on the device: to read it at every step would have the host wait for a GPU.
     """
     num_local = x_bD.shape[0]
     # A rank with an empty slice contributes zeros and a count of 0.
@@ -85,12 +85,13 @@ def _whole_batch_moments(x_bD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     count_D = torch.full_like(mean_D, num_local)
     moments_W3D = gather_ranks(torch.stack([mean_D, deviation_D, count_D]))
     means_WD, deviations_WD, counts_WD = moments_W3D.unbind(dim=1)
-    total_D = counts_WD.sum(dim=0)
-    if num_local < 2 and total_D[0] < 2:
+    num_rows = counts_WD[:, 0].sum()
+    # A rank with two rows knows that they are enough; if they are not, no rank has two.
+    if num_local < 2 and num_rows < 2:
         raise ValueError(
-            f"batch normalisation needs 2 rows or more in the batch, got {int(total_D[0])}"
+            f"batch normalisation needs 2 rows or more in the batch, got {int(num_rows)}"
         )
-    mean_D = (means_WD * counts_WD).sum(dim=0) / total_D
+    mean_D = (means_WD * counts_WD).sum(dim=0) / num_rows
     between_D = (counts_WD * (means_WD - mean_D).square()).sum(dim=0)
-    variance_D = (deviations_WD.sum(dim=0) + between_D) / total_D
-    return mean_D, variance_D, total_D
+    variance_D = (deviations_WD.sum(dim=0) + between_D) / num_rows
+    return mean_D, variance_D, num_rows

@@ -126,6 +126,21 @@ def test_a_goal_takes_the_worst_of_its_ratios(
     assert (outcome.ratio, outcome.holds) == (ratio, holds)
 
 
+def test_the_command_does_not_fail_where_redis_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    ratios = [
+        Ratio("fetch of 30,000 rows", "NumPy gather", 1.0, ""),
+        Ratio("memory of a row", "key, version and row: index and rows", 1.0, ""),
+        Ratio("fetch while the cache grows", "its median", 1.0, ""),
+    ]
+    found = [Report("cache", {}, [], ratios)]
+    monkeypatch.setattr(registry, "run", lambda name, **options: found)
+    result = CliRunner().invoke(app, ["benchmark", "cache", "--goals", "--json"])
+    assert result.exit_code == 0, result.output
+    holds = {row["measure"]: row["holds"] for row in json.loads(result.stdout)["goals"]}
+    assert holds.pop("fetch, faster than Redis") is None
+    assert all(holds.values())
+
+
 @pytest.mark.parametrize(("value", "exit_code"), [(8.0, 0), (7.9, 1)])
 def test_the_command_fails_when_a_goal_does(
     monkeypatch: pytest.MonkeyPatch, value: float, exit_code: int
