@@ -329,12 +329,16 @@ class PreparedDataset:
 
     @contextmanager
     def open_part(self, part: Part) -> Iterator[pq.ParquetFile]:
-        """One file of events to read row groups from; Arrow's errors become DatasetError, those of
-        the storage StorageError."""
+        """One file of events to read row groups from, without Arrow's threads; Arrow's errors
+        become DatasetError, those of the storage StorageError.
+
+        A thread of Arrow's may let go of a Python object only when the interpreter ends, and then
+        the process ends with SIGABRT (apache/arrow issue 34314).
+        """
         with self._read_errors(part, expected="a Parquet file"):
             with (
                 self._fs.open(f"{self._root}/{part.path}", "rb") as stream,
-                pq.ParquetFile(stream, pre_buffer=True) as file,
+                pq.ParquetFile(stream, pre_buffer=False) as file,
             ):
                 if file.metadata.num_rows != part.num_events:
                     raise self._damaged(
@@ -446,7 +450,7 @@ class PreparedDataset:
         rows = self.num_users if side == "user" else self.num_items
         with self._read_errors(file, expected=f"Parquet with {list(COUNTED_COLUMNS)}"):
             with self._fs.open(f"{self._root}/{file.path}", "rb") as stream:
-                table = pq.read_table(stream)
+                table = pq.ParquetFile(stream, pre_buffer=False).read(use_threads=False)
             columns = {
                 field: table.column(column).to_numpy() for column, field in COUNTED_COLUMNS.items()
             }

@@ -203,7 +203,9 @@ class EventStream:
                     start, stop = stop, stop + file.metadata.row_group(group).num_rows
                     if stop <= first or start >= last:
                         continue
-                    table = file.read_row_group(group, columns=list(EVENT_COLUMNS))
+                    table = file.read_row_group(
+                        group, columns=list(EVENT_COLUMNS), use_threads=False
+                    )
                     if table.column_names != list(EVENT_COLUMNS):
                         raise pa.ArrowInvalid(f"columns {table.column_names}")
                     rows = slice(max(first - start, 0), min(last, stop) - start)

@@ -80,7 +80,7 @@ def read_events(test_url: str, baseline: str = "") -> RankedEvents:
     with storage_errors("the ranks of a test cannot be read", url):
         try:
             with fsspec.open(url, "rb") as file:
-                table = pq.read_table(file)
+                table = pq.ParquetFile(file, pre_buffer=False).read(use_threads=False)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise InputError("there are no ranks of a test beside its report", where=url) from error
     if missing := [name for name in _COLUMNS if name not in table.column_names]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.local import LocalFileOpener
 
 from felrec_dist.data.dataset import EVENT_COLUMNS, PreparedDataset, Span
 from felrec_dist.data.stream import (
@@ -48,6 +50,21 @@ def test_batches_are_the_events_in_order(dataset: PreparedDataset, batch_size: i
         event_ids += batch.event_id.tolist()
         assert position == StreamPosition(len(event_ids))
     assert event_ids == truth.event_ids
+
+
+def test_only_this_thread_reads(dataset: PreparedDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread of Arrow's that holds a Python object when the interpreter ends aborts it."""
+    read, readers = LocalFileOpener.read, set()
+
+    def noted(file: LocalFileOpener, *args: Any) -> Any:
+        readers.add(threading.get_ident())
+        return read(file, *args)
+
+    monkeypatch.setattr(LocalFileOpener, "read", noted, raising=False)
+    again = PreparedDataset.open(dataset.url)
+    list(EventStream(again, Span(0, NUM_EVENTS), 7).batches())
+    assert len(again.users) == again.num_users
+    assert readers == {threading.get_ident()}
 
 
 @pytest.mark.parametrize("batch_size", BATCH_SIZES)
