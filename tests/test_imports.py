@@ -22,10 +22,7 @@ NEED_RAY = {
     "felrec_dist.data.ray_arrange",
     "launch.on_ray",
 }
-NEED_DUCKDB = {
-    f"felrec_dist.data.{name}"
-    for name in ("arrange", "prepare", "sources", "stages", "target", "writer")
-}
+NEED_DUCKDB = {f"felrec_dist.data.{name}" for name in ("arrange", "prepare", "raw_table", "stages")}
 NEED_REPORT = {
     "felrec_dist.studies.plots",
     *(f"felrec_dist.reporting.{name}" for name in ("page", "plots", "sections")),

@@ -22,7 +22,8 @@ import duckdb
 import pyarrow as pa
 
 from felrec_dist.data.dataset import Side, Span, Split
-from felrec_dist.data.sources import IdKind, Progress, RawTable
+from felrec_dist.data.raw_table import RawTable
+from felrec_dist.data.sources import IdKind, Progress
 from felrec_dist.data.stages import Stages
 from felrec_dist.data.stream import EventStream
 from felrec_dist.data.writer import CATALOGUE_NUMBERS, RAW_COLUMNS, SCAN_EVENTS, SIDES, Base, Rows

@@ -38,16 +38,8 @@ from felrec_dist.data.dataset import (
     catalogue_file,
     read_manifest,
 )
-from felrec_dist.data.sources import (
-    IdKind,
-    Progress,
-    RawFile,
-    RawSource,
-    RawTable,
-    check_rows,
-    load,
-    name_row,
-)
+from felrec_dist.data.raw_table import RawTable, check_rows, load, name_row
+from felrec_dist.data.sources import IdKind, Progress, RawFile, RawSource
 from felrec_dist.data.stages import DESCRIBE, Stages, Workplace, connect
 from felrec_dist.data.stream import EventStream
 from felrec_dist.data.target import Target

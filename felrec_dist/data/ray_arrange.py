@@ -30,7 +30,8 @@ import ray.data
 from ray.data.context import ShuffleStrategy
 
 from felrec_dist.data.dataset import Int64s, Side, Split
-from felrec_dist.data.sources import IdKind, Progress, RawFile, RawSource, RawTable, infer_ids, load
+from felrec_dist.data.raw_table import RawTable, infer_ids, load
+from felrec_dist.data.sources import IdKind, Progress, RawFile, RawSource
 from felrec_dist.data.stages import connect
 from felrec_dist.data.writer import CATALOGUE_NUMBERS, RAW_COLUMNS, SIDES, Rows
 from felrec_dist.errors import ConfigError, FelrecError, StorageError
