@@ -5,6 +5,7 @@
 # be reached, Debian of the same release with its own Python, of the same minor version, stands in for the base image.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
+export PATH=$PATH:/usr/sbin:/sbin # where debootstrap and its helpers lie
 work=$(mktemp -d)
 mkdir "$work/tmp"
 export TMPDIR=$work/tmp
