@@ -10,7 +10,8 @@ Shape legend: b rows of this rank, B rows of the batch, D width, W ranks.
 
 from __future__ import annotations
 
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,14 +29,11 @@ class WholeBatchNorm(nn.BatchNorm1d):
     def forward(self, x_bD: Tensor) -> Tensor:
         if not (self.training and num_ranks() > 1):
             return super().forward(x_bD)
-        y_bD, mean_D, variance_D, num_rows = _WholeBatchNorm.apply(  # type: ignore[no-untyped-call]
-            x_bD, self.weight, self.bias, self.eps
-        )
-        self._update_running_statistics(mean_D, variance_D, num_rows)
-        return cast(Tensor, y_bD)
+        [y_bD] = normalise_together([self], [x_bD])
+        return y_bD
 
     @torch.no_grad()
-    def _update_running_statistics(
+    def update_running_statistics(
         self, mean_D: Tensor, variance_D: Tensor, num_rows: Tensor
     ) -> None:
         assert self.running_mean is not None
@@ -45,6 +43,27 @@ class WholeBatchNorm(nn.BatchNorm1d):
         self.num_batches_tracked.add_(1)
         self.running_mean.lerp_(mean_D, self.momentum)
         self.running_var.lerp_(variance_D * (num_rows / (num_rows - 1)), self.momentum)
+
+
+def normalise_together(norms: Sequence[WholeBatchNorm], xs_bD: Sequence[Tensor]) -> list[Tensor]:
+    """Returns what each layer gives in training, (b, D) for its x; the ranks meet once for all of
+    them, forward and backward, in the place of once for each.
+
+    Args:
+        norms: all with the same eps; one that is named twice sees one x after the other.
+        xs_bD: of each layer, of the same number of rows.
+    """
+    widths = [x_bD.shape[1] for x_bD in xs_bD]
+    y_bD, mean_D, variance_D, num_rows = _WholeBatchNorm.apply(  # type: ignore[no-untyped-call]
+        torch.cat(list(xs_bD), dim=1),
+        torch.cat([norm.weight for norm in norms]),
+        torch.cat([norm.bias for norm in norms]),
+        norms[0].eps,
+    )
+    moments = zip(norms, mean_D.split(widths), variance_D.split(widths), strict=True)
+    for norm, its_mean_D, its_variance_D in moments:
+        norm.update_running_statistics(its_mean_D, its_variance_D, num_rows)
+    return list(y_bD.split(widths, dim=1))
 
 
 class _WholeBatchNorm(torch.autograd.Function):

@@ -20,8 +20,8 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from felrec_dist.model.batchnorm import WholeBatchNorm
-from felrec_dist.model.collective import gather_ranks, rank
+from felrec_dist.model.batchnorm import WholeBatchNorm, normalise_together
+from felrec_dist.model.collective import gather_ranks, num_ranks, rank
 from felrec_dist.model.encoder import EncoderConfig, HistoryEncoder
 from felrec_dist.model.packing import Packing, pack
 from felrec_dist.model.queue import ProjectionQueue
@@ -159,6 +159,11 @@ class FELRec(nn.Module):
             self.item_projection = Head(width, width_hidden, width_out, config.head_norm)
         return width_out
 
+    def project(self, user_BD: Tensor, item_BD: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the projections of users and items."""
+        item_projection = getattr(self, "item_projection", self.user_projection)
+        return both(self.user_projection, user_BD, item_projection, item_BD)
+
     def project_items(self, item_BD: Tensor) -> Tensor:
         """A shared projection stands under the users' name alone, as it is saved once."""
         projection = getattr(self, "item_projection", self.user_projection)
@@ -255,7 +260,7 @@ class FELRecQ(FELRec):
 
     def forward(self, inputs: EncoderInputs) -> ModelOutput:
         user_BD, item_BD = self.represent(inputs)
-        p_user_BD, p_item_BD = self.compared_users(user_BD), self.compared_items(item_BD)
+        p_user_BD, p_item_BD = (F.normalize(p, dim=1) for p in self.project(user_BD, item_BD))
         user_loss = self.contrast(p_user_BD, p_item_BD.detach(), self.item_queue)
         item_loss = self.contrast(p_item_BD, p_user_BD.detach(), self.user_queue)
         return ModelOutput(
@@ -318,10 +323,12 @@ class FELRecP(FELRec):
 
     def forward(self, inputs: EncoderInputs) -> ModelOutput:
         user_BD, item_BD = self.represent(inputs)
-        p_user_Bd = self.user_projection(user_BD)
-        p_item_Bd = self.project_items(item_BD)
-        user_loss = _disagreement(self.user_prediction(p_user_Bd), p_item_Bd.detach())
-        item_loss = _disagreement(self.item_prediction(p_item_Bd), p_user_Bd.detach())
+        p_user_Bd, p_item_Bd = self.project(user_BD, item_BD)
+        of_user_Bd, of_item_Bd = both(
+            self.user_prediction, p_user_Bd, self.item_prediction, p_item_Bd
+        )
+        user_loss = _disagreement(of_user_Bd, p_item_Bd.detach())
+        item_loss = _disagreement(of_item_Bd, p_user_Bd.detach())
         return ModelOutput(
             loss=user_loss + item_loss,
             user_loss=user_loss.detach(),
@@ -359,6 +366,28 @@ class Head(nn.Module):
     def forward(self, x_BD: Tensor) -> Tensor:
         norm = self.batchnorm if self.norm == "batch" else self.layernorm
         return cast(Tensor, self.linear2(F.relu(norm(self.linear1(x_BD)))))
+
+
+def both(
+    user_head: nn.Module, user_BD: Tensor, item_head: nn.Module, item_BD: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Returns what the heads of users and items give; ranks meet once for the batch norms of both.
+
+    Heads may be one and the same, or none (``nn.Identity``).
+    """
+    heads = [
+        head
+        for head in (user_head, item_head)
+        if isinstance(head, Head) and head.norm == "batch" and head.training
+    ]
+    if num_ranks() == 1 or len(heads) < 2:
+        return user_head(user_BD), item_head(item_BD)
+    hidden = [head.linear1(x_BD) for head, x_BD in zip(heads, (user_BD, item_BD), strict=True)]
+    normed = normalise_together([head.batchnorm for head in heads], hidden)
+    of_users, of_items = (
+        head.linear2(F.relu(h_BD)) for head, h_BD in zip(heads, normed, strict=True)
+    )
+    return of_users, of_items
 
 
 def _disagreement(prediction_Bd: Tensor, target_Bd: Tensor) -> Tensor:

@@ -15,8 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from felrec_dist.model import batchnorm
 from felrec_dist.model.batchnorm import WholeBatchNorm
-from felrec_dist.model.collective import num_ranks, rank
+from felrec_dist.model.collective import gather_ranks, num_ranks, rank
 from felrec_dist.model.felrec import build_model
 from tests.model.inputs import encoder_inputs, model_config, normal, slice_inputs
 from tests.ranks import run_on_ranks
@@ -37,12 +38,14 @@ CASES = {
     2: (Case((4, 4)), Case((5, 2)), Case((6, 0)), Case((0, 6)), Case((1, 1)), Case((5, 3), 1e6)),
     3: (Case((3, 3, 3)), Case((1, 0, 4)), Case((0, 0, 2)), Case((2, 5, 1), 1e6)),
 }
+# With the all-gathers of the normalisations of a step.
 VARIANTS = (
-    model_config("felrec-q"),
-    model_config("felrec-q", negatives="batch"),
-    model_config("felrec-p"),
-    model_config("felrec-q", projection="shared", type_embedding=False),
-    model_config("felrec-p", projection="none", head_norm="layer"),
+    (model_config("felrec-q"), 2),
+    (model_config("felrec-q", negatives="batch"), 2),
+    (model_config("felrec-p"), 4),
+    (model_config("felrec-q", projection="shared", type_embedding=False), 2),
+    (model_config("felrec-p", projection="none"), 2),
+    (model_config("felrec-p", projection="none", head_norm="layer"), 0),
 )
 BATCH = 6
 
@@ -77,7 +80,8 @@ def normalise(case: Case, norm: nn.BatchNorm1d) -> Arrays:
 def train_on_slice(variant: int) -> Arrays:
     """Loss and averaged gradients of one batch, each rank with its slice."""
     torch.manual_seed(0)
-    model = build_model(VARIANTS[variant]).double()
+    config, _ = VARIANTS[variant]
+    model = build_model(config).double()
     inputs = encoder_inputs(0, BATCH)
     size = BATCH // num_ranks()
     output = model(slice_inputs(inputs, rank() * size, (rank() + 1) * size))
@@ -90,6 +94,20 @@ def train_on_slice(variant: int) -> Arrays:
             value /= num_ranks()
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     return {name: value.numpy() for name, value in (values | buffers).items()}
+
+
+def num_gathers(variant: int) -> int:
+    """All-gathers of the normalisations, forward and backward."""
+    calls = []
+
+    def counted(x: torch.Tensor) -> torch.Tensor:
+        calls.append(x)
+        return gather_ranks(x)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batchnorm, "gather_ranks", counted)
+        train_on_slice(variant)
+    return len(calls)
 
 
 def refusal() -> str:
@@ -106,6 +124,7 @@ def all_on_this_rank(world_size: int) -> dict[str, Any]:
         results[str(case)] = normalise(case, WholeBatchNorm(D))
     for variant in range(len(VARIANTS)):
         results[f"variant {variant}"] = train_on_slice(variant)
+    results["gathers"] = [num_gathers(variant) for variant in range(len(VARIANTS))]
     return results
 
 
@@ -160,6 +179,13 @@ def test_the_models_gradient_is_that_of_one_rank(
         assert found.keys() == expected.keys()
         for name, value in expected.items():
             np.testing.assert_allclose(found[name], value, rtol=1e-9, atol=1e-12, err_msg=name)
+
+
+def test_ranks_meet_once_for_the_heads_of_both_sides(
+    on_ranks: Callable[[int], list[dict[str, Any]]],
+) -> None:
+    expected = [num_gathers for _, num_gathers in VARIANTS]
+    assert [results["gathers"] for results in on_ranks(2)] == [expected, expected]
 
 
 def test_a_batch_of_one_row_is_refused_on_all_ranks(
