@@ -8,7 +8,7 @@ of threads work beside each other, and the slowest sets the pace (seconds)::
     trainer    compute        step + b * event
                hot tier       u * row, and write_back_step + B * write_back_event: every rank sees
                               all write-backs
-               collectives    7 log2(W) * latency + (W - 1) / W * (B * g + 2 * G) / bandwidth
+               collectives    5 log2(W) * latency + (W - 1) / W * (B * g + 2 * G) / bandwidth
     loader     reading        B * read_event: every rank cuts the same batches; b * history_event
                finding rows   u * plan_row, in the hot tier's index
                fetch          call + S * message + m * row_bytes / fetch_bandwidth
@@ -46,7 +46,7 @@ from felrec_dist.studies.figures import CellFigures
 from felrec_dist.training.hot_tier import SMALLEST_RESERVE
 
 NUM_SIDES = 2
-COLLECTIVES_A_STEP = 7  # an all-gather, an all-reduce that counts twice, four of BatchNorms
+COLLECTIVES_A_STEP = 5  # an all-gather, an all-reduce that counts twice, two of BatchNorms
 
 
 @dataclass(frozen=True)

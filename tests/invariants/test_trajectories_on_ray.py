@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import cycle
 from pathlib import Path
 
 import pytest
@@ -131,17 +132,20 @@ def test_late_repeated_and_reordered_messages_change_nothing(
     assert all(seen.values()), seen
 
 
-@pytest.mark.parametrize("trajectory", TRAJECTORIES, ids=lambda trajectory: trajectory.name)
+SETTINGS = ((2, 3, 0), (1, 3, 100))
+# Each with one of the trajectories.
+SLOW_SETTINGS = ((2, 1, 1_000_000), (2, 8, 100), (4, 1, 0), (4, 3, 1_000_000), (4, 8, 100))
+CASES = [(setting, trajectory, ()) for setting in SETTINGS for trajectory in TRAJECTORIES] + [
+    (setting, trajectory, pytest.mark.slow)
+    for setting, trajectory in zip(SLOW_SETTINGS, cycle(TRAJECTORIES))
+]
+
+
 @pytest.mark.parametrize(
-    ("num_workers", "num_shards", "hot_rows"),
+    ("num_workers", "num_shards", "hot_rows", "trajectory"),
     [
-        (2, 3, 0),
-        pytest.param(2, 1, 1_000_000, marks=pytest.mark.slow),
-        pytest.param(2, 8, 100, marks=pytest.mark.slow),
-        pytest.param(4, 1, 0, marks=pytest.mark.slow),
-        pytest.param(4, 3, 1_000_000, marks=pytest.mark.slow),
-        pytest.param(4, 8, 100, marks=pytest.mark.slow),
-        (1, 3, 100),
+        pytest.param(*setting, trajectory, marks=marks, id=f"{setting}-{trajectory.name}")
+        for setting, trajectory, marks in CASES
     ],
 )
 def test_any_number_of_ranks_and_shards(

@@ -59,7 +59,7 @@ def figures(
         "rows": read * t.hot_row_s,
         "encode": 0.4 * (t.compute_step_s + b * t.compute_event_s),
         "backward": 0.6 * (t.compute_step_s + b * t.compute_event_s)
-        + 6 * math.log2(num_workers) * t.latency_s
+        + 4 * math.log2(num_workers) * t.latency_s
         + 2 * (num_workers - 1) / num_workers * GRADIENT_BYTES * t.network_byte_s,
         "exchange": math.log2(num_workers) * t.latency_s
         + gathered / num_workers * t.network_byte_s,

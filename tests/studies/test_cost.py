@@ -91,7 +91,7 @@ NOTHING = Constants(**dict.fromkeys(asdict(TRUTH), 0.0))
         ({"hot_row_s": 0.5}, 128.0, "reading the hot tier"),
         ({"write_back_step_s": 2.0}, 2.0, "writing the batch to the hot tier"),
         ({"write_back_event_s": 0.5}, 256.0, "writing the batch to the hot tier"),
-        ({"latency_s": 1.0}, 7 * 2.0, "collectives"),
+        ({"latency_s": 1.0}, 5 * 2.0, "collectives"),
         ({"network_byte_s": 1.0}, 3 / 4 * (512 * 100 + 2 * 1000), "collectives"),
         ({"read_event_s": 1.0}, 512.0, "reading the batch"),
         ({"history_event_s": 1.0}, 128.0, "cutting histories"),
