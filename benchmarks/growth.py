@@ -5,7 +5,7 @@
     felrec benchmark growth
 
 Rows of 128 float16. A second cache of a million rows is read in turn with the large one, the same
-number of ids, chosen at random of all. It takes 9 GB of memory and 5 GB of disk (``TMPDIR``).
+number of ids, chosen at random of all. It takes 11 GB of memory and 5 GB of disk (``TMPDIR``).
 """
 
 from __future__ import annotations
