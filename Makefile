@@ -2,6 +2,8 @@
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
+# By file: each that needs Ray has one of its own.
+TWO_LANES := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 # Where the time went, at the end of each part.
 SLOWEST := --durations 12
 
@@ -21,14 +23,11 @@ demo: $(INSTALLED)
 		--user user --item item --timestamp timestamp --timestamp-unit ms
 	$(BIN)/felrec train configs/demo.yaml
 
-# Two at a time, by file: each file has a Ray of its own.
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not ray" --numprocesses 2 --dist loadfile $(SLOWEST)
-	$(BIN)/python -m pytest -m "not slow and ray" --numprocesses 2 --dist loadfile $(SLOWEST)
+	$(TWO_LANES) -m "not slow" $(SLOWEST)
 
 test-slow: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not ray" --numprocesses 2 $(SLOWEST)
-	$(BIN)/python -m pytest -m "slow and ray" --numprocesses 2 --dist loadfile $(SLOWEST)
+	$(TWO_LANES) -m slow $(SLOWEST)
 
 # Kills processes of trainings, over and over: about half an hour; CHAOS="--minutes 600 --runs 40".
 chaos: $(INSTALLED)
