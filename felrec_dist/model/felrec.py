@@ -159,15 +159,15 @@ class FELRec(nn.Module):
             self.item_projection = Head(width, width_hidden, width_out, config.head_norm)
         return width_out
 
+    @property
+    def _projection_of_items(self) -> nn.Module:
+        """A shared projection stands under the users' name alone, as it is saved once."""
+        projection: nn.Module = getattr(self, "item_projection", self.user_projection)
+        return projection
+
     def project(self, user_BD: Tensor, item_BD: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the projections of users and items."""
-        item_projection = getattr(self, "item_projection", self.user_projection)
-        return both(self.user_projection, user_BD, item_projection, item_BD)
-
-    def project_items(self, item_BD: Tensor) -> Tensor:
-        """A shared projection stands under the users' name alone, as it is saved once."""
-        projection = getattr(self, "item_projection", self.user_projection)
-        return cast(Tensor, projection(item_BD))
+        return apply_heads(self.user_projection, user_BD, self._projection_of_items, item_BD)
 
     def represent(self, inputs: EncoderInputs) -> tuple[Tensor, Tensor]:
         """Returns the representations of the events' users and items, (B, D) each."""
@@ -276,7 +276,7 @@ class FELRecQ(FELRec):
         return F.normalize(self.user_projection(user_BD), dim=1)
 
     def compared_items(self, item_BD: Tensor) -> Tensor:
-        return F.normalize(self.project_items(item_BD), dim=1)
+        return F.normalize(self._projection_of_items(item_BD), dim=1)
 
     def _contrast_with_queue(
         self, query_BD: Tensor, positive_BD: Tensor, queue: ProjectionQueue
@@ -324,7 +324,7 @@ class FELRecP(FELRec):
     def forward(self, inputs: EncoderInputs) -> ModelOutput:
         user_BD, item_BD = self.represent(inputs)
         p_user_Bd, p_item_Bd = self.project(user_BD, item_BD)
-        of_user_Bd, of_item_Bd = both(
+        of_user_Bd, of_item_Bd = apply_heads(
             self.user_prediction, p_user_Bd, self.item_prediction, p_item_Bd
         )
         user_loss = _disagreement(of_user_Bd, p_item_Bd.detach())
@@ -344,7 +344,7 @@ class FELRecP(FELRec):
 
     def compared_items(self, item_BD: Tensor) -> Tensor:
         """Projection, then prediction."""
-        p_item_Bd = self.project_items(item_BD)
+        p_item_Bd = self._projection_of_items(item_BD)
         return _unit_pair(p_item_Bd, self.item_prediction(p_item_Bd))
 
 
@@ -368,7 +368,7 @@ class Head(nn.Module):
         return cast(Tensor, self.linear2(F.relu(norm(self.linear1(x_BD)))))
 
 
-def both(
+def apply_heads(
     user_head: nn.Module, user_BD: Tensor, item_head: nn.Module, item_BD: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Returns what the heads of users and items give; ranks meet once for the batch norms of both.
