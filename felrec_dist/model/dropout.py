@@ -18,6 +18,7 @@ import torch
 from numba import njit
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from cache_server.hashing import mix, mix64
 
@@ -27,6 +28,8 @@ _LANES = 4  # 16-bit numbers in a word of 64 bits
 _GAMMA = 0x9E3779B97F4A7C15
 _MULTIPLIER_1 = 0xBF58476D1CE4E5B9
 _MULTIPLIER_2 = 0x94D049BB133111EB
+
+_KEYS_ARE_MISSING = "dropout in training needs the events' keys"
 
 
 def dropout_keys(seed: int, epoch: int, positions_B: npt.NDArray[np.int64]) -> Tensor:
@@ -57,22 +60,29 @@ class EventDropout(nn.Module):
         self.threshold = round(probability * _RESOLUTION)
         self.place = place
 
-    def forward(self, x_RD: Tensor, keys_R: Tensor | None, slot_R: Tensor) -> Tensor:
+    def forward(
+        self, x_RD: Tensor, keys_R: Tensor | None, slot_R: Tensor, *, relu: bool = False
+    ) -> Tensor:
         """Returns x with elements dropped.
 
         Args:
             x_RD: activations.
             keys_R: the key of each row's event, of ``dropout_keys``; needed in training only.
             slot_R: the slot of each row in its event's history.
+            relu: whether a ReLU comes first; on a CPU both are one pass.
         """
-        if not self.training or self.threshold == 0:
-            return x_RD
-        assert keys_R is not None, "dropout in training needs the events' keys"
-        if x_RD.device.type == "cpu":
+        is_dropping = self.training and self.threshold > 0
+        if is_dropping and x_RD.device.type == "cpu":
+            assert keys_R is not None, _KEYS_ARE_MISSING
             return cast(
                 Tensor,
-                _DropoutOnCPU.apply(x_RD, keys_R, slot_R, self.place, self.threshold),  # type: ignore[no-untyped-call]
+                _DropoutOnCPU.apply(x_RD, keys_R, slot_R, self.place, self.threshold, relu),  # type: ignore[no-untyped-call]
             )
+        if relu:
+            x_RD = F.relu(x_RD)
+        if not is_dropping:
+            return x_RD
+        assert keys_R is not None, _KEYS_ARE_MISSING
         width, dtype = x_RD.shape[1], x_RD.dtype
         return x_RD * draw_factors(keys_R, slot_R, self.place, width, self.threshold, dtype)
 
@@ -103,52 +113,91 @@ def draw_factors(
 class _DropoutOnCPU(torch.autograd.Function):
     """The product with ``draw_factors``, to the same bits, in one compiled pass.
 
-    The masks are drawn again for the gradient: that takes less time than keeping them.
+    The masks are drawn again for the gradient: that takes less time than keeping them. Behind a
+    ReLU they are not needed: what came out above zero went through both.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x_RD: Tensor, keys_R: Tensor, slot_R: Tensor, place: int, threshold: int
+        ctx: Any,
+        x_RD: Tensor,
+        keys_R: Tensor,
+        slot_R: Tensor,
+        place: int,
+        threshold: int,
+        relu: bool,
     ) -> Tensor:
-        ctx.save_for_backward(keys_R, slot_R)
+        dropped_RD = _drop_on_cpu(x_RD, keys_R, slot_R, place, threshold, relu)
+        ctx.save_for_backward(keys_R, slot_R, dropped_RD if relu else None)
         ctx.place, ctx.threshold = place, threshold
-        return _drop_on_cpu(x_RD, keys_R, slot_R, place, threshold)
+        return dropped_RD
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None, None, None]:
-        keys_R, slot_R = ctx.saved_tensors
-        return (
-            _drop_on_cpu(grad_RD, keys_R, slot_R, ctx.place, ctx.threshold),
-            None,
-            None,
-            None,
-            None,
-        )
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor | None, ...]:
+        keys_R, slot_R, dropped_RD = ctx.saved_tensors
+        if dropped_RD is None:
+            grad_RD = _drop_on_cpu(grad_RD, keys_R, slot_R, ctx.place, ctx.threshold, relu=False)
+        else:
+            grad_RD = _pass_on_cpu(grad_RD, dropped_RD, ctx.threshold)
+        return grad_RD, None, None, None, None, None
 
 
 def _drop_on_cpu(
-    x_RD: Tensor, keys_R: Tensor, slot_R: Tensor, place: int, threshold: int
+    x_RD: Tensor, keys_R: Tensor, slot_R: Tensor, place: int, threshold: int, relu: bool
 ) -> Tensor:
-    scale = torch.tensor(_RESOLUTION / (_RESOLUTION - threshold), dtype=x_RD.dtype)
-    # NumPy has no bfloat16. Products of two such numbers are exact in float32, rounded once after.
-    dtype = torch.float32 if x_RD.dtype == torch.bfloat16 else x_RD.dtype
-    wide_RD = x_RD.detach().to(dtype).contiguous()
-    dropped_RD = torch.empty_like(wide_RD)
+    x_RD, dtype = _in_numpy(x_RD), x_RD.dtype
+    dropped_RD = torch.empty_like(x_RD)
     _drop(
-        wide_RD.numpy(),
+        x_RD.numpy(),
         keys_R.numpy(),
         slot_R.numpy(),
         place,
         threshold,
-        *torch.stack([scale, torch.zeros_like(scale)]).to(dtype).numpy(),
+        *_scale_and_zero(threshold, dtype),
+        relu,
         dropped_RD.numpy(),
     )
-    return dropped_RD.to(x_RD.dtype)
+    return dropped_RD.to(dtype)
+
+
+def _pass_on_cpu(grad_RD: Tensor, dropped_RD: Tensor, threshold: int) -> Tensor:
+    """The gradient behind which ReLU and dropout stood, of what came out of them."""
+    grad_RD, dtype = _in_numpy(grad_RD), grad_RD.dtype
+    passed_RD = torch.empty_like(grad_RD)
+    _pass(
+        grad_RD.view(-1).numpy(),
+        _in_numpy(dropped_RD).view(-1).numpy(),
+        *_scale_and_zero(threshold, dtype),
+        passed_RD.view(-1).numpy(),
+    )
+    return passed_RD.to(dtype)
+
+
+def _in_numpy(x: Tensor) -> Tensor:
+    # NumPy has no bfloat16. Products of two such numbers are exact in float32, rounded once after.
+    return x.detach().to(_numpy_dtype(x.dtype)).contiguous()
+
+
+def _numpy_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype == torch.bfloat16 else dtype
+
+
+def _scale_and_zero(threshold: int, dtype: torch.dtype) -> npt.NDArray[np.floating]:
+    """As numbers of a type: compiled code computes in that of its arguments."""
+    numbers = torch.tensor([_RESOLUTION / (_RESOLUTION - threshold), 0.0], dtype=dtype)
+    found: npt.NDArray[np.floating] = numbers.to(_numpy_dtype(dtype)).numpy()
+    return found
 
 
 @njit(nogil=True, cache=True)
-def _drop(x_RD, keys_R, slot_R, place, threshold, scale, zero, dropped_RD):  # type: ignore[no-untyped-def]  # compiled
+def _pass(grad, dropped, scale, zero, passed):  # type: ignore[no-untyped-def]  # compiled
+    for i in range(grad.size):
+        passed[i] = zero if dropped[i] <= zero else grad[i] * scale
+
+
+@njit(nogil=True, cache=True)
+def _drop(x_RD, keys_R, slot_R, place, threshold, scale, zero, relu, dropped_RD):  # type: ignore[no-untyped-def]  # compiled
     width = x_RD.shape[1]
     num_whole = width // 4  # words of which all lanes are needed
     num_words = (width + 3) // 4
@@ -159,12 +208,14 @@ def _drop(x_RD, keys_R, slot_R, place, threshold, scale, zero, dropped_RD):  # t
             lanes = mix(seed + np.uint64(word) * np.uint64(_GAMMA))
             for lane in range(4):
                 at = 4 * word + lane
-                dropped_RD[i, at] = x_RD[i, at] * _factor(lanes, lane, threshold, scale, zero)
+                x = zero if relu and x_RD[i, at] <= zero else x_RD[i, at]
+                dropped_RD[i, at] = x * _factor(lanes, lane, threshold, scale, zero)
         if num_whole < num_words:
             lanes = mix(seed + np.uint64(num_whole) * np.uint64(_GAMMA))
             for lane in range(width - 4 * num_whole):
                 at = 4 * num_whole + lane
-                dropped_RD[i, at] = x_RD[i, at] * _factor(lanes, lane, threshold, scale, zero)
+                x = zero if relu and x_RD[i, at] <= zero else x_RD[i, at]
+                dropped_RD[i, at] = x * _factor(lanes, lane, threshold, scale, zero)
 
 
 @njit(nogil=True, cache=True, inline="always")

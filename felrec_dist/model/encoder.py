@@ -80,7 +80,7 @@ class EncoderBlock(nn.Module):
         slot_R = packing.slot_R
         attended_RD = self.attention(x_RD, packing)
         x_RD = self.attention_norm(x_RD + self.attention_dropout(attended_RD, keys_R, slot_R))
-        hidden_RF = self.hidden_dropout(F.relu(self.feedforward_in(x_RD)), keys_R, slot_R)
+        hidden_RF = self.hidden_dropout(self.feedforward_in(x_RD), keys_R, slot_R, relu=True)
         update_RD = self.feedforward_dropout(self.feedforward_out(hidden_RF), keys_R, slot_R)
         return cast(Tensor, self.feedforward_norm(x_RD + update_RD))
 

@@ -282,9 +282,10 @@ class FELRecQ(FELRec):
         self, query_BD: Tensor, positive_BD: Tensor, queue: ProjectionQueue
     ) -> Tensor:
         """Cross entropy over K + 1 logits, the positive in column 0."""
+        query_BD = query_BD / self.temperature  # smaller than the logits
         logits_BK = query_BD @ queue.entries_KD.T
         positive_B1 = (query_BD * positive_BD).sum(dim=1, keepdim=True)
-        logits_BK1 = torch.cat([positive_B1, logits_BK], dim=1) / self.temperature
+        logits_BK1 = torch.cat([positive_B1, logits_BK], dim=1)
         target_B = torch.zeros(len(query_BD), dtype=torch.int64, device=query_BD.device)
         return F.cross_entropy(logits_BK1, target_B)
 
@@ -298,7 +299,7 @@ class FELRecQ(FELRec):
         keys_BD = gather_ranks(positive_BD).flatten(0, 1)
         num_local = len(query_BD)
         target_B = torch.arange(num_local, device=query_BD.device) + rank() * num_local
-        return F.cross_entropy(query_BD @ keys_BD.T / self.temperature, target_B)
+        return F.cross_entropy((query_BD / self.temperature) @ keys_BD.T, target_B)
 
     def push_queues(self, *projections_BD: Tensor) -> None:
         user_projection_BD, item_projection_BD = projections_BD

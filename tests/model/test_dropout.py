@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -127,3 +129,40 @@ def test_the_gradient_passes_where_the_element_was_kept() -> None:
 def test_nothing_is_dropped_in_evaluation() -> None:
     x = torch.randn(7, 6)
     assert torch.equal(EventDropout(0.5, place=0).eval()(x, None, SLOT_R), x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_relu_before_it_changes_no_bit(dtype: torch.dtype) -> None:
+    keys_R = dropout_keys(0, 0, POSITIONS)[0][EVENT_R]
+    layer = EventDropout(0.3, place=1).train()
+    factors = draw_factors(keys_R, SLOT_R, 1, 6, layer.threshold, dtype)
+    gradient = torch.randn(6, 7).T.to(dtype)  # not contiguous
+    ways: list[Callable[[Tensor], Tensor]] = [
+        lambda x: layer(x, keys_R, SLOT_R, relu=True),
+        lambda x: x.relu() * factors,
+    ]
+    results = []
+    for way in ways:
+        x = torch.linspace(-1, 1, 42).view(7, 6).to(dtype).requires_grad_()
+        with torch.no_grad():
+            x[0, 0], x[1, 1] = 0.0, -0.0
+        y = way(x)
+        y.backward(gradient)
+        assert x.grad is not None
+        results.append((y.detach(), x.grad))
+    for found, expected in zip(*results, strict=True):
+        assert found.dtype == dtype
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.3])
+def test_a_relu_stays_where_nothing_is_dropped(probability: float) -> None:
+    x = torch.randn(7, 6)
+    found = EventDropout(probability, place=0).eval()(x, None, SLOT_R, relu=True)
+    assert torch.equal(found, x.relu())
+
+
+def test_what_is_no_number_is_not_hidden() -> None:
+    keys_R = dropout_keys(0, 0, POSITIONS)[0][EVENT_R]
+    x = torch.full((7, 6), torch.nan)
+    assert EventDropout(0.3, place=1).train()(x, keys_R, SLOT_R, relu=True).isnan().all()
