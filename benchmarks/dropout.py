@@ -1,4 +1,6 @@
-"""Dropout by event against torch's own, one thread: ``python -m benchmarks.dropout``."""
+"""Dropout by event against torch's own, and behind a ReLU, one thread: ``python -m
+benchmarks.dropout``.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +12,7 @@ from benchmarks.measure import Figure, Ratio, Report, alternate
 from felrec_dist.model.dropout import EventDropout, draw_factors, dropout_keys
 
 EVENTS, SLOTS, WIDTH = 256, 64, 128
+ONE_PASS, APART = "one pass", "one after the other"
 
 
 def run(quick: bool = False) -> list[Report]:
@@ -27,8 +30,21 @@ def run(quick: bool = False) -> list[Report]:
         ),
         "torch.nn.Dropout": lambda: reference(x_RD),
     }
-    seconds = alternate(sides, repeats=3 if quick else 25)
+    hidden_RF = torch.randn(EVENTS * SLOTS, 2 * WIDTH, requires_grad=True)
+    gradient_RF = torch.randn(EVENTS * SLOTS, 2 * WIDTH)
+    behind_relu = {
+        ONE_PASS: lambda: torch.autograd.grad(
+            layer(hidden_RF, keys_R, slot_R, relu=True), hidden_RF, gradient_RF
+        ),
+        APART: lambda: torch.autograd.grad(
+            layer(hidden_RF.relu(), keys_R, slot_R), hidden_RF, gradient_RF
+        ),
+    }
+    repeats = 3 if quick else 25
+    seconds = alternate(sides, repeats=repeats)
+    relu_seconds = alternate(behind_relu, repeats=repeats)
     torch.set_num_threads(num_threads)
+    relu_case = f"ReLU and dropout of {EVENTS} x {SLOTS} x {2 * WIDTH}, forward and backward"
     case = f"dropout of {EVENTS} x {SLOTS} x {WIDTH}"
     theirs = seconds.pop("torch.nn.Dropout")
     return [
@@ -38,10 +54,19 @@ def run(quick: bool = False) -> list[Report]:
             [
                 *(Figure(case, name, 1e3 * value, "ms") for name, value in seconds.items()),
                 Figure(case, "torch.nn.Dropout", 1e3 * theirs, "ms"),
+                *(
+                    Figure(relu_case, name, 1e3 * value, "ms")
+                    for name, value in relu_seconds.items()
+                ),
             ],
             [
                 Ratio(f"{case}, {name}", "torch.nn.Dropout", theirs / value, "times faster")
                 for name, value in seconds.items()
+            ]
+            + [
+                Ratio(
+                    relu_case, APART, relu_seconds[APART] / relu_seconds[ONE_PASS], "times faster"
+                )
             ],
         )
     ]

@@ -10,6 +10,7 @@ Shape legend: B batch, R rows (a slot of an event's history each), D width.
 
 from __future__ import annotations
 
+import math
 from typing import Any, cast
 
 import numpy as np
@@ -107,7 +108,12 @@ def draw_factors(
     lanes_RD = words_Rw.view(torch.int16)[:, :width]
     # The lanes are signed: [-32768, 32767] instead of [0, 65535].
     keep_RD = lanes_RD >= threshold - _RESOLUTION // 2
-    return keep_RD.to(dtype).mul_(_RESOLUTION / (_RESOLUTION - threshold))
+    return keep_RD.to(dtype).mul_(_scale(threshold))
+
+
+def _scale(threshold: int) -> float:
+    """Of elements that are kept."""
+    return _RESOLUTION / (_RESOLUTION - threshold)
 
 
 class _DropoutOnCPU(torch.autograd.Function):
@@ -154,8 +160,7 @@ def _drop_on_cpu(
         slot_R.numpy(),
         place,
         threshold,
-        *_scale_and_zero(threshold, dtype),
-        relu,
+        *_numbers(dtype, _scale(threshold), 0.0, 0.0 if relu else math.nan),
         dropped_RD.numpy(),
     )
     return dropped_RD.to(dtype)
@@ -168,7 +173,7 @@ def _pass_on_cpu(grad_RD: Tensor, dropped_RD: Tensor, threshold: int) -> Tensor:
     _pass(
         grad_RD.view(-1).numpy(),
         _in_numpy(dropped_RD).view(-1).numpy(),
-        *_scale_and_zero(threshold, dtype),
+        *_numbers(dtype, _scale(threshold), 0.0),
         passed_RD.view(-1).numpy(),
     )
     return passed_RD.to(dtype)
@@ -183,11 +188,12 @@ def _numpy_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.bfloat16 else dtype
 
 
-def _scale_and_zero(threshold: int, dtype: torch.dtype) -> npt.NDArray[np.floating]:
+def _numbers(dtype: torch.dtype, *numbers: float) -> npt.NDArray[np.floating]:
     """As numbers of a type: compiled code computes in that of its arguments."""
-    numbers = torch.tensor([_RESOLUTION / (_RESOLUTION - threshold), 0.0], dtype=dtype)
-    found: npt.NDArray[np.floating] = numbers.to(_numpy_dtype(dtype)).numpy()
-    return found
+    array: npt.NDArray[np.floating] = (
+        torch.tensor(numbers, dtype=dtype).to(_numpy_dtype(dtype)).numpy()
+    )
+    return array
 
 
 @njit(nogil=True, cache=True)
@@ -197,7 +203,8 @@ def _pass(grad, dropped, scale, zero, passed):  # type: ignore[no-untyped-def]  
 
 
 @njit(nogil=True, cache=True)
-def _drop(x_RD, keys_R, slot_R, place, threshold, scale, zero, relu, dropped_RD):  # type: ignore[no-untyped-def]  # compiled
+def _drop(x_RD, keys_R, slot_R, place, threshold, scale, zero, floor, dropped_RD):  # type: ignore[no-untyped-def]  # compiled
+    # What is at most the floor becomes zero; with a floor that is no number nothing does.
     width = x_RD.shape[1]
     num_whole = width // 4  # words of which all lanes are needed
     num_words = (width + 3) // 4
@@ -208,13 +215,13 @@ def _drop(x_RD, keys_R, slot_R, place, threshold, scale, zero, relu, dropped_RD)
             lanes = mix(seed + np.uint64(word) * np.uint64(_GAMMA))
             for lane in range(4):
                 at = 4 * word + lane
-                x = zero if relu and x_RD[i, at] <= zero else x_RD[i, at]
+                x = zero if x_RD[i, at] <= floor else x_RD[i, at]
                 dropped_RD[i, at] = x * _factor(lanes, lane, threshold, scale, zero)
         if num_whole < num_words:
             lanes = mix(seed + np.uint64(num_whole) * np.uint64(_GAMMA))
             for lane in range(width - 4 * num_whole):
                 at = 4 * num_whole + lane
-                x = zero if relu and x_RD[i, at] <= zero else x_RD[i, at]
+                x = zero if x_RD[i, at] <= floor else x_RD[i, at]
                 dropped_RD[i, at] = x * _factor(lanes, lane, threshold, scale, zero)
 
 

@@ -164,5 +164,6 @@ def test_a_relu_stays_where_nothing_is_dropped(probability: float) -> None:
 
 def test_what_is_no_number_is_not_hidden() -> None:
     keys_R = dropout_keys(0, 0, POSITIONS)[0][EVENT_R]
-    x = torch.full((7, 6), torch.nan)
-    assert EventDropout(0.3, place=1).train()(x, keys_R, SLOT_R, relu=True).isnan().all()
+    layer = EventDropout(0.3, place=1).train()
+    assert layer(torch.full((7, 6), torch.nan), keys_R, SLOT_R, relu=True).isnan().all()
+    assert not layer(torch.full((7, 6), -torch.inf), keys_R, SLOT_R).isfinite().any()
