@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import end_to_end, step, workers
+from benchmarks import end_to_end, growth, step, workers
 from benchmarks.measure import Ratio, Report
 
 
@@ -58,6 +58,30 @@ GOALS = (
         "fetch while the cache grows",
         "its median",
         3.0,
+        is_upper=True,
+    ),
+    Goal(
+        "fetch from 30 million rows, to one of a million",
+        "growth",
+        f"{growth.FETCH}, wall",
+        "",
+        1.5,
+        is_upper=True,
+    ),
+    Goal(
+        "slowest step of a growth to 30 million rows, to its median",
+        "growth",
+        growth.GROWTH,
+        "its median",
+        2.0,
+        is_upper=True,
+    ),
+    Goal(
+        "bytes of one of 30 million rows, to its bare bytes",
+        "growth",
+        growth.MEMORY,
+        "key, version and row",
+        1.2,
         is_upper=True,
     ),
     Goal("2 workers, faster than 1", "workers", workers.TWO, workers.ONE, 1.8, may_be_absent=True),

@@ -11,7 +11,6 @@ number of ids, chosen at random of all. It takes 11 GB of memory and 5 GB of dis
 from __future__ import annotations
 
 import ctypes
-import mmap
 import multiprocessing
 import os
 import statistics
@@ -19,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import closing, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -28,7 +27,6 @@ import numpy as np
 from benchmarks.cache import NUM_FETCHED, NUM_NEW, WIDTH, ids, resident_bytes, setting
 from benchmarks.measure import Figure, Ratio, Report
 from cache_server import CacheClient, InProcessTransport, Spill, TableSpec, TableStats
-from cache_server.memory import HUGE_PAGE_BYTES, take_pages, zeros
 
 TABLES = {"item": TableSpec(WIDTH, "float16")}
 BARE_ROW_BYTES = 8 + 8 + 2 * WIDTH
@@ -41,9 +39,8 @@ MEMORY = "bytes of a row"
 NUM_GROWTHS = 3
 CLOCKS = ("wall", "processor")
 
-# What is held of a row for its growth: more than it takes, some of it goes to others.
-_HELD_ROW_BYTES = BARE_ROW_BYTES * 4 // 3
-_FREE_BYTES = 2**25
+# Between writes, the least that a training does there.
+_STEP_SECONDS = 0.04
 
 # Python has no name for it.
 _MADV_PAGEOUT = 21
@@ -197,57 +194,19 @@ def measure(few: int, many: int, spill: Spill | None, repeats: int) -> Report:
 
 
 def grow(num_rows: int, spill: Spill | None) -> Growth:
-    """A cache of so many rows, written ``NUM_NEW`` at a time."""
+    """A cache of so many rows, written ``NUM_NEW`` at a time, with a pause before each as in a
+    training.
+    """
     client = CacheClient(InProcessTransport(TABLES, spill=spill))
     rows = np.random.default_rng(0).standard_normal((NUM_NEW, WIDTH), np.float32)
     before, steps = resident_bytes(), Times()
-    with closing(HeldMemory(num_rows * _HELD_ROW_BYTES)) as held:
-        for step in range(num_rows // NUM_NEW):
-            numbers = np.arange(step * NUM_NEW, (step + 1) * NUM_NEW)
-            write = {"item": (ids(numbers), numbers, rows)}
-            held.release()
-            steps.add(partial(client.write_back, step, write))
-        client.flush()
+    for step in range(num_rows // NUM_NEW):
+        numbers = np.arange(step * NUM_NEW, (step + 1) * NUM_NEW)
+        write = {"item": (ids(numbers), numbers, rows)}
+        time.sleep(_STEP_SECONDS)
+        steps.add(partial(client.write_back, step, write))
+    client.flush()
     return Growth(client, steps, resident_bytes() - before)
-
-
-class HeldMemory:
-    """Memory of this machine for a growth to take, freed a little at a time.
-
-    The host of a virtual machine may take back what lies free (free page reporting) and gives it
-    anew page by page: a cache that grows without a pause would wait for the host.
-
-    Args:
-        nbytes: of it.
-    """
-
-    def __init__(self, nbytes: int) -> None:
-        self._memory = zeros(nbytes)
-        take_pages(self._memory)
-        self._num_released = 0
-        self._free_bytes = free_bytes() + _FREE_BYTES
-        self.release()
-
-    def release(self) -> None:
-        """Frees as much as others have taken since the call before."""
-        missing = -(-max(0, self._free_bytes - free_bytes()) // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
-        part = self._memory[self._num_released : self._num_released + missing]
-        libc = ctypes.CDLL(None, use_errno=True)
-        size = ctypes.c_size_t(len(part))
-        if libc.madvise(ctypes.c_void_p(part.ctypes.data), size, mmap.MADV_DONTNEED):
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-        self._num_released += len(part)
-
-    def close(self) -> None:
-        """Frees the rest."""
-        del self._memory
-
-
-def free_bytes() -> int:
-    """Memory of this machine that nobody uses, not even for files."""
-    with open("/proc/meminfo") as file:
-        [kilobytes] = [line.split()[1] for line in file if line.startswith("MemFree:")]
-    return 1024 * int(kilobytes)
 
 
 def without_cache(growth: Growth) -> tuple[Times, int]:

@@ -4,6 +4,7 @@ compiled code finds them.
 
 from __future__ import annotations
 
+from collections import deque
 from concurrent.futures import Future
 
 import numpy as np
@@ -15,14 +16,14 @@ from cache_server.messages import WORD_BYTES
 NEVER_WRITTEN = -1
 """The version of a row that is not in use yet."""
 
-# With so many blocks in memory the next one is made ready; a smaller table takes what it uses.
-_BLOCKS_BEFORE_NEXT = 8
+# For each so many blocks in memory one may be made ahead; a small table takes what it uses.
+_BLOCKS_FOR_ONE_AHEAD = 8
 
 
 class Blocks:
     """Blocks are appended and never copied, but for those that leave memory: the oldest first.
 
-    The next block of a table that has grown is made ahead of its use, by a thread.
+    The next blocks of a table that has grown are made ahead of their use, by a thread.
 
     Args:
         block_shift: a block has ``2 ** block_shift`` rows.
@@ -34,7 +35,7 @@ class Blocks:
         self._num_words = num_words
         self._rows: list[UInt64s] = []
         self._versions: list[Int64s] = []
-        self._next: Future[tuple[UInt64s, Int64s]] | None = None
+        self._ahead: deque[Future[tuple[UInt64s, Int64s]]] = deque()
         self.addresses = np.empty(0, np.int64)
         self.version_addresses = np.empty(0, np.int64)
         self.num_spilled = 0
@@ -58,11 +59,15 @@ class Blocks:
 
     @property
     def memory_bytes(self) -> int:
-        """Bytes of all blocks in memory, the next one too if it is made; the versions of spilled
-        ones stay there.
+        """Bytes of all blocks in memory, those made ahead too; the versions of spilled ones stay
+        there.
         """
-        num_blocks = len(self) + (self._next is not None)
-        return num_blocks * self.block_nbytes - self.spilled_bytes
+        return (len(self) + self.num_ahead) * self.block_nbytes - self.spilled_bytes
+
+    @property
+    def num_ahead(self) -> int:
+        """Blocks that wait for their use, or are being made."""
+        return len(self._ahead)
 
     @property
     def spilled_bytes(self) -> int:
@@ -75,15 +80,16 @@ class Blocks:
         return self.num_spilled * self.block_rows
 
     def append(self) -> None:
-        """Adds an empty block.
+        """Adds an empty block, the first of those made ahead if there are any.
 
         Raises:
             MemoryError: nothing was added.
         """
-        made, self._next = self._next, None
         try:
             rows, versions = (
-                _empty_block(self.block_rows, self._num_words) if made is None else made.result()
+                self._ahead.popleft().result()
+                if self._ahead
+                else _empty_block(self.block_rows, self._num_words)
             )
         except MemoryError as error:
             raise MemoryError(
@@ -93,11 +99,21 @@ class Blocks:
         self._versions.append(versions)
         self.addresses = np.append(self.addresses, rows.ctypes.data)
         self.version_addresses = np.append(self.version_addresses, versions.ctypes.data)
-        is_large = len(self) - self.num_spilled >= _BLOCKS_BEFORE_NEXT
-        if is_large and self.rows_nbytes >= HUGE_PAGE_BYTES:
-            self._next = maker.submit(
-                _empty_block, self.block_rows, self._num_words, takes_pages=True
-            )
+
+    def lacks_ahead(self, num_rows: int) -> bool:
+        """Whether one more is worth making ahead, for a table that may soon have ``num_rows``."""
+        in_memory = len(self) - self.num_spilled
+        return (
+            self.rows_nbytes >= HUGE_PAGE_BYTES
+            and self.num_ahead < in_memory // _BLOCKS_FOR_ONE_AHEAD
+            and (len(self) + self.num_ahead) * self.block_rows < num_rows
+        )
+
+    def make_ahead(self) -> None:
+        """Has a thread make a block."""
+        self._ahead.append(
+            maker.submit(_empty_block, self.block_rows, self._num_words, takes_pages=True)
+        )
 
     def oldest_in_memory(self) -> UInt64s:
         """Rows of the block that leaves memory next."""

@@ -271,6 +271,7 @@ class CacheTable:
             try:
                 self._append_blocks(min(len(self) + new_keys.size, self._index.max_rows))
                 self._index.make_room(new_keys)
+                self._make_blocks_ahead(len(self) + 2 * new_keys.size)
             except MemoryError as error:
                 raise CacheError(
                     "A shard has no memory for more rows.",
@@ -375,11 +376,21 @@ class CacheTable:
 
     def _append_blocks(self, num_rows: int) -> None:
         while len(self._blocks) * self._blocks.block_rows < num_rows:
-            if self._tier is not None:
-                self._tier.make_room(self._blocks)
+            if not self._blocks.num_ahead:
+                self._make_room_for_a_block()
             self._blocks.append()
             if self._tier is not None:
                 self._tier.added(self._blocks)
+
+    def _make_blocks_ahead(self, num_rows: int) -> None:
+        """For another write like the last: it waits for no memory."""
+        while self._blocks.lacks_ahead(num_rows):
+            self._make_room_for_a_block()
+            self._blocks.make_ahead()
+
+    def _make_room_for_a_block(self) -> None:
+        if self._tier is not None:
+            self._tier.make_room(self._blocks)
 
 
 class CacheShard:

@@ -61,6 +61,13 @@ def benchmark(
     wanted = [goal for goal in goal_table.GOALS if goal.benchmark in chosen]
     if goals:
         chosen = tuple(one for one in known if any(goal.benchmark == one for goal in wanted))
+        if not chosen:
+            raise ConfigError(
+                "no goal belongs to this benchmark",
+                where="felrec benchmark --goals",
+                got=name,
+                expected=", ".join(sorted({goal.benchmark for goal in goal_table.GOALS})),
+            )
     page = Console(stderr=as_json)
     if not page.is_terminal:
         page.width = max(page.width, PAGE_WIDTH)

@@ -153,6 +153,11 @@ def test_the_command_fails_when_a_goal_does(
     assert row["holds"] == (exit_code == 0)
 
 
+def test_the_command_holds_nothing_against_no_goal() -> None:
+    result = CliRunner().invoke(app, ["benchmark", "loader", "--goals"])
+    assert "no goal belongs to this benchmark" in str(result.exception)
+
+
 def test_the_command_knows_its_benchmarks() -> None:
     result = CliRunner().invoke(app, ["benchmark", "speed"])
     assert "there is no such benchmark" in str(result.exception)

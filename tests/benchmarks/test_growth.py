@@ -7,10 +7,9 @@ import math
 import pytest
 
 from benchmarks import growth
-from benchmarks.cache import NUM_NEW, resident_bytes
+from benchmarks.cache import NUM_NEW
 from benchmarks.measure import Report
 from cache_server import Spill
-from cache_server.memory import take_pages, zeros
 
 FEW, MANY = NUM_NEW, 5 * NUM_NEW
 ALLOWED = MANY * growth.BARE_ROW_BYTES // 2
@@ -42,16 +41,3 @@ def test_every_figure_is_one(report: Report) -> None:
     assert all(math.isfinite(number) and number > 0 for number in numbers)
     cases = {figure.case for figure in report.figures}
     assert (growth.FROM_DISK in cases) == (report.setting["kept"] != "in memory")
-
-
-def test_held_memory_goes_as_others_take_some(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(growth, "free_bytes", lambda: 2**34 - resident_bytes())
-    held = growth.HeldMemory(2**27)
-    before = resident_bytes()
-    take_pages(taken := zeros(2**24))
-    held.release()
-    assert resident_bytes() == pytest.approx(before, abs=2**22)
-    take_pages(more := zeros(2**28))  # than is held
-    held.release()
-    growth_bytes = taken.nbytes + more.nbytes - (2**27 - growth._FREE_BYTES)
-    assert resident_bytes() - before == pytest.approx(growth_bytes, abs=2**22)

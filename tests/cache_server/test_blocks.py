@@ -21,8 +21,10 @@ HUGE_PAGE = 2**21
 )
 def test_a_new_block_is_empty(block_shift: int, num_words: int) -> None:
     blocks = Blocks(block_shift, num_words)
-    # The last of them are made ahead, where blocks are large.
     for number in range(12):
+        if number % 4 == 1:
+            blocks.make_ahead()
+            blocks.make_ahead()
         blocks.append()
         assert blocks[number].shape == (2**block_shift, num_words)
         assert not blocks[number].any()
@@ -55,35 +57,65 @@ def test_no_memory_is_a_memory_error(monkeypatch: pytest.MonkeyPatch) -> None:
     assert blocks.addresses.dtype == np.int64
 
 
-def test_the_next_block_of_a_table_that_has_grown_counts() -> None:
+def test_blocks_made_ahead_count() -> None:
     blocks = Blocks(14, 32)
-    for _ in range(7):
-        blocks.append()
-    assert blocks.memory_bytes == 7 * blocks.block_nbytes
-    blocks.append()
-    assert blocks.memory_bytes == 9 * blocks.block_nbytes
+    _append(blocks, 3)
+    blocks.make_ahead()
+    blocks.make_ahead()
+    assert blocks.num_ahead == 2
+    assert blocks.memory_bytes == 5 * blocks.block_nbytes
     blocks.replace_oldest(np.zeros_like(blocks[0]))
     blocks.append()
-    assert blocks.memory_bytes == 9 * blocks.block_nbytes + 2**14 * 8
+    assert len(blocks) == 4
+    assert blocks.num_ahead == 1
+    assert blocks.memory_bytes == 4 * blocks.block_nbytes + 2**14 * 8
 
 
-def test_a_next_block_that_found_no_memory_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("num_blocks", "num_spilled", "num_rows", "num_ahead"),
+    [
+        (7, 0, 10 * 2**14, 0),
+        (8, 0, 10 * 2**14, 1),
+        (8, 0, 8 * 2**14, 0),
+        (8, 1, 10 * 2**14, 0),
+        (32, 0, 34 * 2**14 + 1, 3),
+        (32, 0, 40 * 2**14, 4),
+    ],
+)
+def test_blocks_are_made_ahead_for_rows_to_come(
+    num_blocks: int, num_spilled: int, num_rows: int, num_ahead: int
+) -> None:
     blocks = Blocks(14, 32)
-    for _ in range(8):
-        blocks.append()
+    _append(blocks, num_blocks)
+    for _ in range(num_spilled):
+        blocks.replace_oldest(np.zeros_like(blocks[0]))
+    while blocks.lacks_ahead(num_rows):
+        blocks.make_ahead()
+    assert blocks.num_ahead == num_ahead
+
+
+def test_small_blocks_are_not_made_ahead() -> None:
+    blocks = Blocks(13, 31)
+    _append(blocks, 32)
+    assert not blocks.lacks_ahead(2**20)
+
+
+def test_a_block_that_found_no_memory_ahead_is_tried_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    blocks = Blocks(14, 32)
 
     def refuse(nbytes: int) -> NDArray[np.uint8]:
         raise MemoryError(nbytes)
 
     with monkeypatch.context() as patch:
         patch.setattr("cache_server.blocks.zeros", refuse)
+        blocks.make_ahead()
         with pytest.raises(MemoryError, match="a block of 16384 rows"):
-            _append(blocks, 3)  # one or two were made before
-    num_blocks = len(blocks)
-    assert num_blocks == len(blocks.addresses) >= 8
+            blocks.append()
+    assert len(blocks) == len(blocks.addresses) == 0
     blocks.append()
-    assert len(blocks) == num_blocks + 1
-    assert not blocks[num_blocks].any()
+    assert not blocks[0].any()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="another system has other calls")

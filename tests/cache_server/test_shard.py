@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import threading
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from cache_server.blocks import _empty_block
 from cache_server.errors import CacheError
 from cache_server.hashing import NUM_BUCKETS, shard_of
+from cache_server.memory import zeros
 from cache_server.messages import (
     AnswerSpace,
     Fence,
@@ -188,6 +190,25 @@ def test_growth_never_moves_a_block() -> None:
     table.write(np.arange(1000), np.arange(1000) + 5, np.ones((1000, 2), np.float32))
     assert table._blocks[0] is first
     assert len(table._blocks) == 63
+
+
+def test_a_write_like_the_last_finds_its_blocks_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = CacheTable(TableSpec(512), block_rows=1024)
+    makers: list[str] = []
+
+    def note_the_maker(nbytes: int) -> NDArray[np.uint8]:
+        makers.append(threading.current_thread().name)
+        return zeros(nbytes)
+
+    monkeypatch.setattr("cache_server.blocks.zeros", note_the_maker)
+    rows = np.zeros((2_500, 512), np.float32)
+    for step in range(16):
+        if len(table._blocks) >= 24:
+            makers.clear()
+        keys = np.arange(2_500) + 2_500 * step
+        table.write(keys, keys, rows)
+    assert len(makers) in (2, 3)
+    assert all(name.startswith("cache memory") for name in makers)
 
 
 def test_the_highest_version_wins_wherever_it_stands() -> None:

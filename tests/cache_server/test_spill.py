@@ -120,6 +120,25 @@ def test_memory_stays_below_the_limit_and_the_oldest_rows_leave_it(tmp_path: Pat
     assert num_spilled[-1]["user"] > 5
 
 
+def test_blocks_made_ahead_stay_below_the_limit(tmp_path: Path) -> None:
+    spec, block_rows = TableSpec(512), 1024
+    limit = 24 * block_rows * (2048 + 8)
+    spill = Spill(str(tmp_path), limit)
+    shard = CacheShard({"item": spec}, block_rows=block_rows, spill=spill)
+    bare = CacheShard({"item": spec}, block_rows=block_rows)
+    num_ahead = []
+    for step in range(16):
+        keys = np.arange(2_500) + 2_500 * step
+        write = WriteBatch(0, step, {"item": write_of(keys, keys, spec)})
+        shard.write(write)
+        bare.write(write)
+        assert shard.stats().tables["item"].nbytes <= limit
+        num_ahead.append(shard.tables["item"]._blocks.num_ahead)
+    assert max(num_ahead) == 2
+    assert num_ahead[-1] > 0
+    assert shard.digest() == bare.digest()
+
+
 def test_a_snapshot_goes_from_disk_to_memory_and_back(tmp_path: Path) -> None:
     tables = {"user": TableSpec(5), "item": TableSpec(3, "float16")}
     spill = Spill(str(tmp_path / "spill"), 2 * INDEX_BYTES)
