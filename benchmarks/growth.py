@@ -127,19 +127,25 @@ def one_by_one(quick: bool) -> Iterator[Report]:
 def measure(few: int, many: int, spill: Spill | None, repeats: int) -> Report:
     """One cache of ``many`` rows against one of ``few``, which fits into memory."""
     small = grow(few, None)
-    # What the cache does it does every time, what the machine does it does elsewhere the next time.
-    others = [without_cache(grow(many, spill)) for _ in range(NUM_GROWTHS - 1)]
-    large = grow(many, spill)
-    growths = [*others, without_cache(large)]
-    figures, ratios = [], []
+    growths, of_few, of_many = [], Times(), Times()
     generator = np.random.default_rng(1)
-    for _ in range(repeats):
-        # Mapped rows get their place among the process's pages when they are first read.
-        large.fetch(generator)
-    of_few, of_many = Times(), Times()
-    for _ in range(repeats):
-        of_few.add(lambda: small.fetch(generator))
-        of_many.add(lambda: large.fetch(generator))
+
+    def grow_and_fetch() -> Growth:
+        large = grow(many, spill)
+        growths.append((large.steps, large.process_bytes))
+        for _ in range(repeats):
+            # Mapped rows get their place among the process's pages when they are first read.
+            large.fetch(generator)
+        for _ in range(repeats):
+            of_few.add(lambda: small.fetch(generator))
+            of_many.add(lambda: large.fetch(generator))
+        return large
+
+    # What the cache does it does every time, what the machine does it does elsewhere the next time.
+    for _ in range(NUM_GROWTHS - 1):
+        grow_and_fetch()  # there is memory for one
+    large = grow_and_fetch()
+    figures, ratios = [], []
     for clock in CLOCKS:
         medians = [statistics.median(times.by_clock()[clock]) for times in (of_few, of_many)]
         figures += [
@@ -150,7 +156,7 @@ def measure(few: int, many: int, spill: Spill | None, repeats: int) -> Report:
             Ratio(f"{FETCH}, {clock}", f"{few:,} rows", medians[1] / medians[0], "times its time")
         )
     for clock in CLOCKS:
-        runs = [growth.by_clock()[clock] for growth, _ in growths]
+        runs = [steps.by_clock()[clock] for steps, _ in growths]
         steps = [min(step) for step in zip(*runs, strict=True)]
         cases = {f"{GROWTH}, {clock}": steps}
         if spill is not None:
@@ -186,7 +192,7 @@ def measure(few: int, many: int, spill: Spill | None, repeats: int) -> Report:
             **setting(),
             "rows": f"{WIDTH} float16",
             "kept": "in memory" if spill is None else "half in memory, half in files",
-            "growth": f"of each step the fastest of {NUM_GROWTHS}",
+            "growths": f"{NUM_GROWTHS}, of each step the fastest",
         },
         figures=figures,
         ratios=ratios,
@@ -207,11 +213,6 @@ def grow(num_rows: int, spill: Spill | None) -> Growth:
         steps.add(partial(client.write_back, step, write))
     client.flush()
     return Growth(client, steps, resident_bytes() - before)
-
-
-def without_cache(growth: Growth) -> tuple[Times, int]:
-    """What was measured while it grew."""
-    return growth.steps, growth.process_bytes
 
 
 def time_from_disk(large: Growth, folder: str) -> float:
