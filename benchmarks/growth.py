@@ -161,7 +161,7 @@ def measure(few: int, many: int, spill: Spill | None, repeats: int) -> Report:
         cases = {f"{GROWTH}, {clock}": steps}
         if spill is not None:
             # Each then moves as many rows as it adds.
-            cases[f"{GROWTH}, once rows leave memory, {clock}"] = steps[2 * len(steps) // 3 :]
+            cases[f"{GROWTH}, {clock}, once rows leave memory"] = steps[2 * len(steps) // 3 :]
         for case, chosen in cases.items():
             median, slowest = statistics.median(chosen), max(chosen)
             figures.append(Figure(case, "median", 1e3 * median, "ms"))
