@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import multiprocessing
 import os
+import shutil
 import statistics
 import tempfile
 import time
@@ -37,6 +38,8 @@ FROM_DISK = f"{FETCH}, spilled ones from disk, wall"
 GROWTH = f"{NUM_NEW:,} new rows"
 MEMORY = "bytes of a row"
 NUM_GROWTHS = 3
+MEMORY_BYTES = 11 * 10**9
+DISK_BYTES = 5 * 10**9
 CLOCKS = ("wall", "processor")
 
 # Between writes, the least that a training does there.
@@ -105,10 +108,30 @@ def run(quick: bool) -> list[Report]:
     """Growth and fetches in memory, and with twice the rows that memory may hold; ``quick`` with
     few rows.
 
-    They are measured in a process of their own, like a shard's, which has no torch in it.
+    They are measured in a process of their own, like a shard's, which has no torch in it. Where
+    there is no room for many rows the report says so.
     """
+    if not quick and (lacking := _lacking()):
+        return [Report("growth", {"skipped, it needs": lacking}, [])]
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(_measure_both, quick).result()
+
+
+def _lacking() -> str:
+    """What there is too little of, or nothing."""
+    lacking = []
+    if free_memory() < MEMORY_BYTES:
+        lacking.append(f"{MEMORY_BYTES / 1e9:.0f} GB of memory")
+    if shutil.disk_usage(tempfile.gettempdir()).free < DISK_BYTES:
+        lacking.append(f"{DISK_BYTES / 1e9:.0f} GB of disk in {tempfile.gettempdir()} (TMPDIR)")
+    return ", ".join(lacking)
+
+
+def free_memory() -> int:
+    """Bytes of this machine that can be had, those of the system's file cache too."""
+    with open("/proc/meminfo") as file:
+        [kilobytes] = [line.split()[1] for line in file if line.startswith("MemAvailable:")]
+    return 1024 * int(kilobytes)
 
 
 def _measure_both(quick: bool) -> list[Report]:

@@ -34,6 +34,14 @@ def test_a_row_takes_its_bytes_wherever_it_lies(report: Report) -> None:
         assert bytes_of["in memory"] <= ALLOWED / MANY * 1.05 < held
 
 
+def test_without_room_it_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(growth, "free_memory", lambda: 8 * 10**9)
+    monkeypatch.setattr(growth, "DISK_BYTES", 10**18)
+    (report,) = growth.run(quick=False)
+    assert "11 GB of memory, 1000000000 GB of disk" in str(report.setting["skipped, it needs"])
+    assert not report.ratios
+
+
 def test_every_figure_is_one(report: Report) -> None:
     # A process that has freed memory before may need none: what it grows by is left out.
     figures = [f.value for f in report.figures if not f.side.startswith("of the process")]
