@@ -42,7 +42,7 @@ MEMORY_BYTES = 11 * 10**9
 DISK_BYTES = 5 * 10**9
 CLOCKS = ("wall", "processor")
 
-# Between writes, the least that a training does there.
+# A training does something between two writes, and most do it for longer.
 _STEP_SECONDS = 0.04
 
 # Python has no name for it.
