@@ -5,8 +5,10 @@ have nothing to do with each other.
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from datetime import timedelta
@@ -45,7 +47,8 @@ def run(quick: bool, device: torch.device) -> list[Report]:
 
     Every worker has one thread of a CPU: whether two are twice as fast is a question to the
     exchange and to the cache, as long as the machine has two idle cores. What it has is shown by
-    two processes apart, each with half of the events and a cache of its own.
+    two processes apart, each with half of the events and a cache of its own. While one side is
+    measured the processes of the others stand still: idle actors of Ray wake every 10 ms.
     """
     if quick or device.type != "cpu":
         return []
@@ -54,8 +57,8 @@ def run(quick: bool, device: torch.device) -> list[Report]:
     with local_ray(), tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         seconds = alternate(
             {
-                ONE: _start(1, work, span, Path(folder)),
-                TWO: _start(2, work, span, Path(folder)),
+                ONE: _start(1, work, span, Path(folder), stack),
+                TWO: _start(2, work, span, Path(folder), stack),
                 APART: _start_apart(work, span, stack),
             },
             repeats=REPEATS,
@@ -76,7 +79,9 @@ def run(quick: bool, device: torch.device) -> list[Report]:
     ]
 
 
-def _start(num_workers: int, work: Workload, span: Span, folder: Path) -> Callable[[], None]:
+def _start(
+    num_workers: int, work: Workload, span: Span, folder: Path, stack: ExitStack
+) -> Callable[[], None]:
     """Starts workers and a shard of their own; returns a call that trains one step on all."""
     import ray
 
@@ -89,12 +94,15 @@ def _start(num_workers: int, work: Workload, span: Span, folder: Path) -> Callab
         worker.remote(rank, num_workers, meeting, shards, work.name, work.dataset.url, span)
         for rank in range(num_workers)
     ]
-    ray.get([w.ready.remote() for w in workers], timeout=TIMEOUT_S)
+    actors = [*workers, *shards.actors]
+    process_ids = ray.get(
+        [actor.__ray_call__.remote(lambda _: os.getpid()) for actor in actors], timeout=TIMEOUT_S
+    )
 
     def step() -> None:
         ray.get([w.step.remote() for w in workers], timeout=TIMEOUT_S)
 
-    return step
+    return _still_between(step, process_ids, stack)
 
 
 def _start_apart(work: Workload, span: Span, stack: ExitStack) -> Callable[[], None]:
@@ -117,7 +125,27 @@ def _start_apart(work: Workload, span: Span, stack: ExitStack) -> Callable[[], N
             done.result(timeout=TIMEOUT_S)
 
     stack.callback(all_do, _end_apart)
-    return lambda: all_do(_step_apart)
+    process_ids = [pool.submit(os.getpid).result(timeout=TIMEOUT_S) for pool in pools]
+    return _still_between(lambda: all_do(_step_apart), process_ids, stack)
+
+
+def _still_between(
+    step: Callable[[], None], process_ids: Sequence[int], stack: ExitStack
+) -> Callable[[], None]:
+    """``step``, whose processes are stopped from now on but for it."""
+
+    def send(number: signal.Signals) -> None:
+        for process_id in process_ids:
+            os.kill(process_id, number)
+
+    def run() -> None:
+        send(signal.SIGCONT)
+        step()
+        send(signal.SIGSTOP)
+
+    stack.callback(send, signal.SIGCONT)
+    send(signal.SIGSTOP)
+    return run
 
 
 # Of a process apart: its side, and what ends its threads.
@@ -179,9 +207,6 @@ class Worker:
         world.barrier()
         self._side = training_side(work, span, BATCH_SIZE, rows, world)
         self.side: TrainingSide = self._side.__enter__()
-
-    def ready(self) -> None:
-        """Answers when the rank stands."""
 
     def step(self) -> None:
         """Trains one step."""
