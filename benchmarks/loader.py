@@ -1,5 +1,6 @@
 """What the host does for a step: cutting histories, finding their rows, the loader as a whole, and
-finding the places of the rows that a batch of many ranks writes back.
+finding the places of the rows that a batch of many ranks writes back; and how even the work is that
+ranks get.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from benchmarks.training_side import (
     cached_representations,
     in_process_client,
 )
-from benchmarks.workloads import Int64s, Workload, workload
-from felrec_dist.data.histories import HistoryReader
+from benchmarks.workloads import NAMES, Int64s, Workload, workload
+from felrec_dist.data.histories import Histories, HistoryReader
 from felrec_dist.data.stream import EventStream
 from felrec_dist.model.encoder import EncoderConfig
 from felrec_dist.training.clock import LOADER_PHASES, PhaseClock
@@ -28,11 +29,19 @@ OURS, REFERENCE, DICT = "ours", "NumPy and np.unique", "np.unique and a Python d
 BATCH_SIZE = 1024
 # Of 64 ranks with 1,024 events each; every rank takes all of its rows into its hot tier.
 WIDE_BATCH, WIDE_IDS = 65_536, 1_000_000
+# B and W of batches that ranks share.
+SHARED_BATCHES = ((1024, 2), (1024, 8), (4096, 8), (8192, 64))
+IN_TURN, CONSECUTIVE = "every W-th event", "consecutive events"
 
 
 def run(quick: bool, device: torch.device) -> list[Report]:
     """MovieLens-100K, whose histories are long; everything is in the hot tier."""
-    return [measure(workload("MovieLens-100K"), 4 if quick else 32, device), write_back()]
+    work = workload("MovieLens-100K")
+    return [
+        measure(work, 4 if quick else 32, device),
+        write_back(),
+        *[balance(workload(name), *size) for name in NAMES for size in SHARED_BATCHES],
+    ]
 
 
 def measure(work: Workload, num_batches: int, device: torch.device) -> Report:
@@ -127,6 +136,47 @@ def write_back() -> Report:
         [Figure(case, side, 1e9 * s / WIDE_BATCH, "ns/event") for side, s in seconds.items()],
         [Ratio(case, DICT, seconds[DICT] / seconds[OURS], "times faster")],
     )
+
+
+def balance(work: Workload, batch_size: int, world_size: int) -> Report:
+    """What the busiest rank reads against the mean over the ranks; no time is measured.
+
+    Slots of histories, which are what the encoder computes on, and distinct ids, which are what a
+    rank without a hot tier fetches; the latter against those of consecutive events.
+    """
+    history_length = EncoderConfig().history_length
+    reader = HistoryReader(work.dataset, history_length)
+    stream = EventStream(work.dataset, work.middle(4, batch_size), batch_size)
+    num_events = batch_size // world_size
+    slices = {
+        IN_TURN: [World(r, world_size, torch.device("cpu")).mine for r in range(world_size)],
+        CONSECUTIVE: [slice(r * num_events, (r + 1) * num_events) for r in range(world_size)],
+    }
+    busiest: dict[str, list[float]] = {side: [] for side in slices}
+    num_ids = dict.fromkeys(slices, 0)
+    for batch, _ in stream.batches():
+        for side, of_ranks in slices.items():
+            slots_W = []
+            for mine in of_ranks:
+                histories = reader.read(batch.take(mine))
+                slots_W.append(
+                    sum(np.minimum(h.lengths_B + 1, history_length).sum() for h in histories)
+                )
+                num_ids[side] += sum(_num_distinct(h) for h in histories)
+            busiest[side].append(max(slots_W) / np.mean(slots_W))
+    case = "slots of the busiest rank"
+    figures = [
+        Figure(case, side, float(np.mean(shares)), "of the mean")
+        for side, shares in busiest.items()
+    ]
+    ids = Ratio("distinct ids", CONSECUTIVE, num_ids[IN_TURN] / num_ids[CONSECUTIVE], "times")
+    setting = {"data": work.name, "B": batch_size, "W": world_size, "N": history_length}
+    return Report("loader", setting, figures, [ids])
+
+
+def _num_distinct(histories: Histories) -> int:
+    is_neighbour_BN = np.arange(histories.ids_BN.shape[1]) < histories.lengths_B[:, None]
+    return len(np.unique(histories.ids_BN[is_neighbour_BN]))
 
 
 def _numpy_history(

@@ -68,7 +68,7 @@ class BPRMFTraining(BaselineTraining[ShuffledBatch]):
         negatives_BM = draw_negatives(
             generator, batch.item_index, self.dataset.num_train_items, self.num_negatives
         )
-        mine = self.slice_of(batch.num_events)
+        mine = self.world.mine
         items_bM1 = np.column_stack([batch.item_index[mine], negatives_BM[mine]])
         vectors = self.tables.lookup(self.rows_of({USER: batch.user_index[mine], ITEM: items_bM1}))
         scores_bM1 = torch.einsum("bd,bmd->bm", vectors[USER], vectors[ITEM])

@@ -32,7 +32,7 @@ from felrec_dist.baselines.shuffled import draw_negatives
 from felrec_dist.baselines.training import ITEM, USER, BaselineTraining
 from felrec_dist.config import ExperimentConfig
 from felrec_dist.data.dataset import Int64s, PreparedDataset, Span
-from felrec_dist.data.stream import EventBatch, EventStream, slice_bounds
+from felrec_dist.data.stream import EventBatch, EventStream
 from felrec_dist.training.representations import STORAGE_DTYPES, CacheTraffic, last_events
 from felrec_dist.training.row_writer import RowWrite, RowWriter
 from felrec_dist.training.world import World
@@ -155,7 +155,7 @@ class GRU4RecTraining(BaselineTraining[SessionBatch]):
         negatives_BN = draw_negatives(
             generator, target_B, self.dataset.num_train_items, self.num_negatives
         )
-        mine = self.slice_of(batch.num_events)
+        mine = self.world.mine
         users_B = self.dataset.users.ids[batch.user_index]
         state_bH = self.states.fetch(batch.step, users_B[mine])
         vectors = self.tables.lookup(
@@ -267,8 +267,8 @@ class GRU4RecTraining(BaselineTraining[SessionBatch]):
             The outputs (E, D) after each input, on all ranks.
         """
         keys_M = self.dataset.users.ids[users_M]
-        first, stop = slice_bounds(len(users_M), self.world.rank, self.world.world_size)
-        mine = np.flatnonzero((slots_E >= first) & (slots_E < stop))
+        world = self.world
+        mine = np.flatnonzero(slots_E % world.world_size == world.rank)
         # The k-th inputs of all users, then the next ones.
         wave_e = occurrences(slots_E[mine])
         order = np.argsort(wave_e, kind="stable")
@@ -276,11 +276,11 @@ class GRU4RecTraining(BaselineTraining[SessionBatch]):
         is_known_e = items_E[mine] < self.dataset.num_train_items
         rows_e = np.where(is_known_e, items_E[mine], 0)
         with self.clock("encode"):
-            state_mH = self.states.fetch(step, keys_M[first:stop])
-            state_mH[torch.from_numpy(is_new_M[first:stop]).to(state_mH.device)] = 0.0
+            state_mH = self.states.fetch(step, keys_M[world.mine])
+            state_mH[torch.from_numpy(is_new_M[world.mine]).to(state_mH.device)] = 0.0
             input_eD = self.tables.lookup(self.rows_of({INPUT: rows_e}))[INPUT]
             mine_e = torch.from_numpy(mine).to(state_mH.device)
-            slot_e = torch.from_numpy(slots_E[mine] - first).to(state_mH.device)
+            slot_e = torch.from_numpy(slots_E[mine] // world.world_size).to(state_mH.device)
             known_e1 = torch.from_numpy(is_known_e).to(state_mH.device)[:, None]
             output_ED = input_eD.new_zeros(len(slots_E), self.tables.width)
             start = 0

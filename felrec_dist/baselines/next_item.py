@@ -168,7 +168,7 @@ class NextItemTraining(BaselineTraining[ShuffledBatch]):
         targets_BN = windows.targets(batch.item_index)
         negatives = self._negatives(np.random.default_rng([seed, epoch, batch.step]), targets_BN)
 
-        mine = self.slice_of(batch.num_events)
+        mine = self.world.mine
         packing = pack_windows(windows.lengths_B[mine], self.padded_rows_per_group)
         places_R = packing.history_R.numpy(), packing.slot_R.numpy()
         places_P = tuple(place_R[packing.is_neighbour_R.numpy()] for place_R in places_R)

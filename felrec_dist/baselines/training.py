@@ -21,7 +21,7 @@ from cache_server import CacheClient
 from felrec_dist.baselines.tables import ShardedTables
 from felrec_dist.config import ExperimentConfig
 from felrec_dist.data.dataset import PreparedDataset, Span
-from felrec_dist.data.stream import EventBatch, EventStream, slice_bounds
+from felrec_dist.data.stream import EventBatch, EventStream
 from felrec_dist.errors import ConfigError, TrainingError
 from felrec_dist.evaluation.candidate_set import CandidateSets
 from felrec_dist.evaluation.candidates import Ballot, CandidateMatrix, count_ranks
@@ -140,7 +140,7 @@ class BaselineTraining(ABC, Generic[Batch]):
             step: of the cache; what it writes belongs to it.
         """
         with self.clock("encode"):
-            user_bD = self.represent_users(batch.slice(*self._bounds(batch)))
+            user_bD = self.represent_users(batch.take(self.world.mine))
         with self.clock("exchange"):
             (user_BD,) = self.exchange.gather_batch([user_bD], len(batch))
         return user_BD
@@ -160,10 +160,6 @@ class BaselineTraining(ABC, Generic[Batch]):
             name: torch.from_numpy(rows.get(name, nothing)).to(self.world.device)
             for name in self.tables.num_rows
         }
-
-    def slice_of(self, num_events: int) -> slice:
-        """Returns this rank's part of a batch."""
-        return slice(*slice_bounds(num_events, self.world.rank, self.world.world_size))
 
     def train(self, batch: Batch, epoch: int, learning_rate: float) -> Tensor:
         self.model.train()
@@ -280,9 +276,6 @@ class BaselineTraining(ABC, Generic[Batch]):
             expected="felrec-q or felrec-p, whose users have representations in the cache",
             remedy="leave out --nearest-users, or take a run of FELRec",
         )
-
-    def _bounds(self, batch: EventBatch) -> tuple[int, int]:
-        return slice_bounds(len(batch), self.world.rank, self.world.world_size)
 
     def _candidates(self) -> CandidateMatrix:
         """The vectors of every W-th training item."""

@@ -1,6 +1,6 @@
 """Events as global batches in time order, each with the position to resume from.
 
-Every rank cuts the same global batches and takes its slice (:func:`slice_bounds`). Nothing is
+Every rank cuts the same global batches and takes its slice of them (``World.mine``). Nothing is
 shuffled: the order is part of the contract, and a resumed stream gives bit-identical batches.
 """
 
@@ -98,22 +98,11 @@ class EventBatch:
             )
         return EventBatch(**{name: getattr(self, name)[start:stop] for name in _COLUMNS})
 
-    def take(self, chosen: Int64s) -> EventBatch:
-        """The events of these rows of the batch, as copies."""
-        return EventBatch(**{name: getattr(self, name)[chosen] for name in _COLUMNS})
-
-
-def slice_bounds(num_events: int, rank: int, world_size: int) -> tuple[int, int]:
-    """The contiguous slice of a batch that belongs to a rank.
-
-    Slices follow one another in rank order and their lengths differ by at most one, so a batch
-    shorter than ``world_size`` leaves some of them empty.
-    """
-    if not 0 <= rank < world_size:
-        raise ConfigError(
-            "There is no such rank.", got=rank, expected=f"0 to {world_size - 1} (world size)"
+    def take(self, chosen: Int64s | slice) -> EventBatch:
+        """The events of these rows of the batch, one after the other in memory."""
+        return EventBatch(
+            **{name: np.ascontiguousarray(getattr(self, name)[chosen]) for name in _COLUMNS}
         )
-    return rank * num_events // world_size, (rank + 1) * num_events // world_size
 
 
 def whole_batches(span: Span, batch_size: int) -> Span:

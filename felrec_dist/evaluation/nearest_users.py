@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from felrec_dist.data.dataset import PreparedDataset, Span
-from felrec_dist.data.stream import EventBatch, slice_bounds
+from felrec_dist.data.stream import EventBatch
 from felrec_dist.evaluation.candidates import FETCHED_ROWS
 from felrec_dist.training.exchange import Exchange
 from felrec_dist.training.representations import USER, Representations, last_events
@@ -88,15 +88,14 @@ class SampledUsers:
             users_BD: unit vectors of the whole batch.
             num_nearest: K, or the whole sample if it is smaller.
         """
-        world = exchange.world
-        start, stop = slice_bounds(len(users_BD), world.rank, world.world_size)
+        users_bD = users_BD[exchange.world.mine]
         nearest = min(num_nearest, len(self.vectors_UD))
-        mean_bD = torch.empty_like(users_BD[start:stop])
-        block = max(1, _BLOCK_SCORES[world.device.type] // len(self.vectors_UD))
-        for first in range(start, stop, block):
-            rows = slice(first, min(stop, first + block))
-            scores_bU = users_BD[rows] @ self.vectors_UD.T
+        mean_bD = torch.empty_like(users_bD)
+        block = max(1, _BLOCK_SCORES[users_BD.device.type] // len(self.vectors_UD))
+        for first in range(0, len(users_bD), block):
+            rows = slice(first, first + block)
+            scores_bU = users_bD[rows] @ self.vectors_UD.T
             nearest_bK = scores_bU.topk(nearest, dim=1).indices
-            mean_bD[rows.start - start : rows.stop - start] = self.vectors_UD[nearest_bK].mean(1)
+            mean_bD[rows] = self.vectors_UD[nearest_bK].mean(1)
         (mean_BD,) = exchange.gather_batch([mean_bD], len(users_BD))
         return mean_BD

@@ -13,7 +13,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from felrec_dist.data.stream import slice_bounds
 from felrec_dist.errors import TrainingError
 from felrec_dist.training.world import World
 
@@ -42,14 +41,12 @@ class Exchange:
 
         Args:
             parts_bd: tensors of this rank's slice, (b, d) of one dtype.
-            num_events: B; rank r holds the slice that ``slice_bounds`` gives it, which may be
-                empty.
+            num_events: B; the slices are those of ``World.mine``.
         """
         world_size = self.world.world_size
         if world_size == 1:
             return lambda: list(parts_bd)
-        bounds = [slice_bounds(num_events, rank, world_size) for rank in range(world_size)]
-        longest = max(stop - start for start, stop in bounds)
+        longest = -(-num_events // world_size)
         local = torch.cat(list(parts_bd), dim=1)
         # Collectives want equal shapes: the short slices of a last batch are padded.
         local = F.pad(local, (0, 0, 0, longest - len(local))).contiguous()
@@ -59,13 +56,9 @@ class Exchange:
 
         def wait() -> list[Tensor]:
             work.wait()
-            whole = gathered
-            if world_size * longest != num_events:
-                by_rank = gathered.unflatten(0, (world_size, longest))
-                whole = torch.cat(
-                    [by_rank[rank, : stop - start] for rank, (start, stop) in enumerate(bounds)]
-                )
-            return list(whole.split([part.shape[1] for part in parts_bd], dim=1))
+            # The ranks' first events, then their second ones; what was padded comes last.
+            in_turn = gathered.unflatten(0, (world_size, longest)).transpose(0, 1).flatten(0, 1)
+            return list(in_turn[:num_events].split([part.shape[1] for part in parts_bd], dim=1))
 
         return wait
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from felrec_dist.data.histories import HistoryReader
-from felrec_dist.data.stream import EventBatch, EventStream, StreamPosition, slice_bounds
+from felrec_dist.data.stream import EventBatch, EventStream, StreamPosition
 from felrec_dist.training.clock import PhaseClock
 from felrec_dist.training.representations import PlannedRows, Representations
 from felrec_dist.training.world import World
@@ -117,8 +117,7 @@ class BatchLoader:
             _put(ready, error, stop)
 
     def _prepare(self, step: int, batch: EventBatch, next_position: StreamPosition) -> LoadedBatch:
-        start, stop = slice_bounds(len(batch), self.world.rank, self.world.world_size)
-        mine = batch.slice(start, stop)
+        mine = batch.take(self.world.mine)
         with self.clock("histories"):
             items_of_users, users_of_items = self.histories.read(mine)
         with self.clock("fetch"):

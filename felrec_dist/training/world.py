@@ -30,6 +30,16 @@ class World:
     def is_first(self) -> bool:
         return self.rank == 0
 
+    @property
+    def mine(self) -> slice:
+        """What of a batch belongs to this rank: every ``world_size``-th of its events.
+
+        Events that follow one another are alike, and a step takes as long as its slowest rank.
+        Slices differ in length by at most one; those of a batch shorter than ``world_size`` may be
+        empty.
+        """
+        return slice(self.rank, None, self.world_size)
+
     def barrier(self) -> None:
         """Waits until every rank is here; the limit is the process group's."""
         if self.world_size > 1:

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from felrec_dist.baselines.config import TablesConfig
-from felrec_dist.data.stream import slice_bounds
 from felrec_dist.errors import CheckpointError
 from felrec_dist.training.checkpoint import Checkpoint, RunPosition, SnapshotChain, TablePart
 from felrec_dist.training.clock import TrainingCosts
@@ -75,10 +74,9 @@ def whole(tables: Any) -> dict[str, Tensor]:
 
 def run_steps(tables: Any, optimizer: torch.optim.Optimizer | None, steps: range) -> None:
     world = tables.world
-    mine = slice(*slice_bounds(EVENTS, world.rank, world.world_size))
     for step in steps:
         tables.prepare(rate_of(step))
-        rows = tables.lookup({name: ids[mine] for name, ids in ids_of(step).items()})
+        rows = tables.lookup({name: ids[world.mine] for name, ids in ids_of(step).items()})
         loss_of(rows).backward()
         if optimizer is not None:
             nn.utils.clip_grad_value_(tables.optimized.values(), CLIP)

@@ -18,7 +18,6 @@ from felrec_dist.data.stream import (
     EventBatch,
     EventStream,
     StreamPosition,
-    slice_bounds,
     whole_batches,
 )
 from felrec_dist.errors import ConfigError, DatasetError
@@ -164,22 +163,6 @@ def test_whole_batches_drop_the_oldest_events(span: Span, batch_size: int, expec
         whole_batches(span, -1)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 7, 64])
-@pytest.mark.parametrize("num_events", [0, 1, 2, 3, 63, 64, 65, 1024])
-def test_slices_cover_a_batch_in_rank_order(num_events: int, world_size: int) -> None:
-    bounds = [slice_bounds(num_events, rank, world_size) for rank in range(world_size)]
-    covered = [event for start, stop in bounds for event in range(start, stop)]
-    assert covered == list(range(num_events))
-    lengths = {stop - start for start, stop in bounds}
-    assert max(lengths) - min(lengths) <= (num_events % world_size > 0)
-
-
-@pytest.mark.parametrize("rank", [-1, 2])
-def test_no_such_rank(rank: int) -> None:
-    with pytest.raises(ConfigError, match=f"no such rank.\n  got: {rank}"):
-        slice_bounds(10, rank, 2)
-
-
 def test_a_slice_keeps_its_positions(dataset: PreparedDataset) -> None:
     batch, _ = next(EventStream(dataset, Span(30, 40), 10).batches())
     for start, stop in [(0, 10), (3, 7), (5, 5), (9, 10)]:
@@ -193,9 +176,12 @@ def test_a_slice_keeps_its_positions(dataset: PreparedDataset) -> None:
 
 def test_any_rows_keep_their_positions(dataset: PreparedDataset) -> None:
     batch, _ = next(EventStream(dataset, Span(30, 40), 10).batches())
-    part = batch.take(np.array([7, 0, 3]))
-    assert part.position.tolist() == [37, 30, 33]
-    assert part.user.tolist() == batch.user[[7, 0, 3]].tolist()
+    for chosen in (np.array([7, 0, 3]), slice(1, None, 4), slice(0, None, 1)):
+        part = batch.take(chosen)
+        rows = np.arange(10)[chosen]
+        assert part.position.tolist() == (30 + rows).tolist()
+        assert part.user.tolist() == batch.user[rows].tolist()
+        assert part.user.flags.c_contiguous, "compiled code is compiled for such arrays"
 
 
 @pytest.mark.parametrize(

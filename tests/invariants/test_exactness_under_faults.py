@@ -256,7 +256,10 @@ class ToyRank:
             inputs.users_of_items_BSD, inputs.items.lengths_B, positions, ITEM, epoch
         )
         slices = self.ranks.all_gather(self.rank, torch.cat([user_bD, item_bD], dim=1))
-        user_BD, item_BD = torch.cat(slices).split(D, dim=1)
+        rows = torch.empty(len(loaded.batch), 2 * D, dtype=user_bD.dtype)
+        for rank, rows_b in enumerate(slices):
+            rows[rank :: len(slices)] = rows_b
+        user_BD, item_BD = rows.split(D, dim=1)
         self.representations.write_back(loaded.step, loaded.batch, user_BD, item_BD)
         return torch.cat([user_BD, item_BD], dim=1)
 

@@ -10,7 +10,6 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from felrec_dist.data.stream import slice_bounds
 from felrec_dist.errors import TrainingError
 from felrec_dist.training.exchange import Exchange
 from felrec_dist.training.meter import over_ranks
@@ -33,8 +32,7 @@ def gather_on_this_rank() -> list[list[npt.NDArray[np.float64]]]:
     exchange = Exchange(world)
     gathered = []
     for size in SIZES:
-        mine = slice(*slice_bounds(size, world.rank, world.world_size))
-        parts = exchange.gather_batch([whole(size, width)[mine] for width in WIDTHS], size)
+        parts = exchange.gather_batch([whole(size, width)[world.mine] for width in WIDTHS], size)
         gathered.append([part.numpy() for part in parts])
     total = exchange.sum(torch.tensor([1.0, 10.0 ** (world.rank + 1)], dtype=torch.float64))
     counts = exchange.sum(torch.tensor([world.rank], dtype=torch.int64))
