@@ -36,7 +36,7 @@ from felrec_dist.training.world import World
 
 BATCH_SIZE = 1024
 # Until memory has settled steps differ: batches differ in size, and each rank has its own.
-WARMUPS, REPEATS = 12, 9
+WARMUPS, REPEATS = 12, 15
 TIMEOUT_S = 300.0
 ONE, TWO = "1 worker", "2 workers"
 APART = "2 processes apart"

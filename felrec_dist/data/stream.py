@@ -88,16 +88,6 @@ class EventBatch:
         """For messages: where a stream's batch lies."""
         return f"events at positions {self.position[0]} to {self.position[-1]}"
 
-    def slice(self, start: int, stop: int) -> EventBatch:
-        """The events start to stop - 1 of this batch, as views."""
-        if not 0 <= start <= stop <= len(self):
-            raise ConfigError(
-                "A slice lies outside of its batch.",
-                got=f"[{start}, {stop})",
-                expected=f"within [0, {len(self)})",
-            )
-        return EventBatch(**{name: getattr(self, name)[start:stop] for name in _COLUMNS})
-
     def take(self, chosen: Int64s | slice) -> EventBatch:
         """The events of these rows of the batch, one after the other in memory."""
         return EventBatch(

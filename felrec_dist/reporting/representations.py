@@ -179,12 +179,12 @@ def _event(dataset: PreparedDataset, event_id: int | None, num_slots: int) -> Ev
         if event_id is not None:
             found = np.flatnonzero(batch.event_id == event_id)
             if len(found):
-                return batch.slice(int(found[0]), int(found[0]) + 1)
+                return batch.take(found[:1])
             continue
         fewest = np.minimum(np.minimum(batch.user_length, batch.item_length), num_slots)
         place = int(fewest.argmax())
         if fewest[place] > fewest_of_best:
-            best, fewest_of_best = batch.slice(place, place + 1), int(fewest[place])
+            best, fewest_of_best = batch.take(slice(place, place + 1)), int(fewest[place])
         if fewest_of_best == num_slots:
             break
     if best is None:

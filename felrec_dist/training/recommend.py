@@ -110,7 +110,7 @@ def recommend(
         progress.begin("recommending", len(last))
         found: list[tuple[Int64s, Tensor]] = []
         for start in range(0, len(last), config.data.batch_size):
-            batch = last.slice(start, min(len(last), start + config.data.batch_size))
+            batch = last.take(slice(start, start + config.data.batch_size))
             users_BD, is_served_B = recommender.represent_now(batch, step)
             is_known[start : start + len(batch)] &= is_served_B
             excluded = None

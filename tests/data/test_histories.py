@@ -85,7 +85,7 @@ def test_after_an_event_its_item_is_the_most_recent(
 
 def test_an_empty_slice_has_empty_histories(dataset: PreparedDataset) -> None:
     [batch] = read_batches(dataset, len(ROWS))
-    of_users, of_items = HistoryReader(dataset, N).read(batch.slice(3, 3))
+    of_users, of_items = HistoryReader(dataset, N).read(batch.take(slice(3, 3)))
     assert of_users.ids_BN.shape == of_items.ids_BN.shape == (0, N)
 
 

@@ -216,7 +216,7 @@ def test_a_slice_without_any_history_has_one_empty_slot(dataset: PreparedDataset
     empty = Histories(
         ids_BN=np.zeros((3, N), dtype=np.int64), lengths_B=np.zeros(3, dtype=np.int64)
     )
-    batch = batches(dataset)[0].slice(0, 3)
+    batch = batches(dataset)[0].take(slice(0, 3))
     inputs = fetch(representations, 0, batch, empty, empty)
     assert inputs.items_of_users_BSD.shape == (3, 1, WIDTH)
     assert not inputs.users.lengths_B.any()
@@ -224,7 +224,7 @@ def test_a_slice_without_any_history_has_one_empty_slot(dataset: PreparedDataset
 
 def test_an_empty_slice_reads_nothing(dataset: PreparedDataset) -> None:
     representations = build()
-    batch = batches(dataset)[0].slice(2, 2)
+    batch = batches(dataset)[0].take(slice(2, 2))
     inputs = fetch(representations, 0, batch, *HistoryReader(dataset, N).read(batch))
     assert inputs.items_of_users_BSD.shape == (0, 1, WIDTH)
     assert inputs.items.lengths_B.shape == (0,)
