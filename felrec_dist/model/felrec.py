@@ -292,7 +292,7 @@ class FELRecQ(FELRec):
     def _contrast_with_batch(
         self, query_BD: Tensor, positive_BD: Tensor, queue: ProjectionQueue
     ) -> Tensor:
-        """Cross entropy over the projections of all ranks; event i's positive in column i.
+        """Cross entropy over the projections of all ranks, one rank's after the other's.
 
         The ranks' slices are equally long, as they are in training.
         """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 
@@ -49,3 +50,11 @@ def test_every_figure_is_one(report: Report) -> None:
     assert all(math.isfinite(number) and number > 0 for number in numbers)
     cases = {figure.case for figure in report.figures}
     assert (growth.FROM_DISK in cases) == (report.setting["kept"] != "in memory")
+
+
+def test_steps_that_move_rows_have_a_median_of_their_own(tmp_path: Path) -> None:
+    in_memory = growth.grow(MANY, None)
+    assert in_memory.num_in_memory == MANY // NUM_NEW
+    spilled = growth.grow(MANY, Spill(str(tmp_path), ALLOWED))
+    rows_allowed = ALLOWED // growth.BARE_ROW_BYTES
+    assert 0 < spilled.num_in_memory <= -(-rows_allowed // NUM_NEW)
