@@ -52,6 +52,18 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> PreparedDataset:
     return tiny.prepare_events(tmp_path_factory.mktemp("data"), NUM_EVENTS)
 
 
+MODELS = {
+    "felrec-q": {"variant": "felrec-q"},
+    "felrec-p": {"variant": "felrec-p"},
+    "as in the demo": {
+        "variant": "felrec-q",
+        "negatives": "batch",
+        "empty_slot": "identity",
+        "absent_row": "identity",
+    },
+}
+
+
 @dataclass(frozen=True)
 class Outcome:
     """All that a run computes, as one rank sees it."""
@@ -106,7 +118,7 @@ def run_epochs(config: ExperimentConfig, dataset: PreparedDataset, client: Cache
 
 
 def config_of(
-    dataset: PreparedDataset, variant: str, batch_size: int, num_shards: int, dtype: str
+    dataset: PreparedDataset, model: str, batch_size: int, num_shards: int, dtype: str
 ) -> ExperimentConfig:
     config = tiny.experiment(
         dataset.url,
@@ -117,9 +129,9 @@ def config_of(
             "cache": {"num_shards": num_shards, "storage": dtype, "block_rows": 16},
         },
     )
-    model = config.felrec.model_copy(update={"variant": variant})
-    assert model.encoder.dropout > 0
-    return config.model_copy(update={"model": model})
+    felrec = config.felrec.model_copy(update=MODELS[model])
+    assert felrec.encoder.dropout > 0
+    return config.model_copy(update={"model": felrec})
 
 
 def in_process(config: ExperimentConfig, dataset: PreparedDataset) -> Outcome:
@@ -145,21 +157,21 @@ def _work(config: ExperimentConfig, dataset: PreparedDataset, shards: ShardHandl
         return run_epochs(config, dataset, client)
 
 
-@pytest.mark.parametrize("variant", ["felrec-q", "felrec-p"])
+@pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize(
     ("num_workers", "num_shards", "batch_size"),
     [(2, 1, 16), (4, 3, 4)],
     ids=["two ranks", "four ranks with one event each"],
 )
 def test_ranks_and_shards_change_nothing(
-    variant: str,
+    model: str,
     num_workers: int,
     num_shards: int,
     batch_size: int,
     dataset: PreparedDataset,
     tmp_path: Path,
 ) -> None:
-    config = config_of(dataset, variant, batch_size, num_shards, "float64")
+    config = config_of(dataset, model, batch_size, num_shards, "float64")
     expected = in_process(config, dataset)
     for found in on_ray(num_workers, config, dataset, tmp_path):
         np.testing.assert_allclose(found.losses_n2, expected.losses_n2, rtol=1e-9)
